@@ -1,0 +1,1 @@
+"""Manifests, decoding, the emoji set, cached latents and the Grain pipeline."""

@@ -1,0 +1,1 @@
+"""The theory: rectified flow, timesteps, guidance, conditioning and samplers. Knows no network."""

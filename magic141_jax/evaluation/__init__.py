@@ -1,0 +1,1 @@
+"""What the model card claims, measured from the weights."""

@@ -1,0 +1,1 @@
+"""Networks only: each module holds one network beside its config dataclass."""

@@ -1,0 +1,1 @@
+"""Methods, optimizer, step, loop and checkpoints of training."""

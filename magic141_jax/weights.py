@@ -1,0 +1,144 @@
+"""A component on disk: `config.json` beside safetensors, one file or several with an index. Nothing is unpickled.
+
+    folder/config.json                   {"model": "mmdit", ...fields of its config dataclass}
+    folder/model.safetensors             or model-00001-of-0000n.safetensors + model.safetensors.index.json
+
+Tensors are named by their dotted path (see `magic141_jax.pytree`). Storage may be float32, bfloat16 or int8; int8
+keeps matrices as integers with one float32 scale per output channel (symmetric, weight only) in `<path>::scale`,
+and is expanded to float32 on reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save_file
+
+from magic141_jax.errors import UserError
+from magic141_jax.pytree import Params, flatten, unflatten
+
+Storage = Literal["float32", "bfloat16", "int8"]
+SCALE = "::scale"
+MAX_SHARD_BYTES = 4 << 30
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; a missing or malformed file is the user's to mend."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no file {path}; is this a weights folder?") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't read {path}: {error}") from None
+
+
+def save(folder: Path, config: Mapping[str, Any], params: Params, *, storage: Storage = "float32") -> None:
+    """Writes a component folder; what stood there is replaced only once everything is on disk."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        (temporary / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+        _write_shards(temporary, _encode(flatten(params), storage))
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load(folder: Path) -> tuple[dict[str, Any], Params]:
+    """Reads a component folder: its config.json and its parameters (floating leaves as stored, int8 expanded).
+
+    Raises:
+      UserError: a file is missing, malformed or truncated.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    return config, unflatten(_decode(read_tensors(folder)))
+
+
+def read_tensors(folder: Path, stem: str = "model") -> dict[str, jnp.ndarray]:
+    """All tensors of `<stem>.safetensors`, or of the shards that `<stem>.safetensors.index.json` lists."""
+    tensors: dict[str, jnp.ndarray] = {}
+    for file in tensor_files(folder, stem):
+        try:
+            with safe_open(file, framework="flax") as reader:
+                tensors.update({name: reader.get_tensor(name) for name in reader.keys()})
+        except FileNotFoundError:
+            raise UserError(f"no file {file}; the weights folder is incomplete") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"can't read {file}: {error}; the file is truncated or damaged, copy it again") from None
+    return tensors
+
+
+def tensor_files(folder: Path, stem: str = "model") -> list[Path]:
+    """The safetensors files of a component, by its index where it has one."""
+    index = Path(folder) / f"{stem}.safetensors.index.json"
+    if index.exists():
+        return [Path(folder) / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    return [Path(folder) / f"{stem}.safetensors"]
+
+
+def digest(folder: Path) -> str:
+    """The first 16 hex digits of the SHA-256 over every safetensors file below `folder`, in path order."""
+    total = hashlib.sha256()
+    for file in sorted(Path(folder).rglob("*.safetensors")):
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, Any]) -> None:
+    shards: list[dict[str, Any]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file)
+        weight_map.update(dict.fromkeys(shard, file))
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _encode(flat: Mapping[str, Any], storage: Storage) -> dict[str, Any]:
+    encoded = {}
+    for path, leaf in flat.items():
+        leaf = np.asarray(leaf)
+        if storage == "int8" and leaf.ndim >= 2:
+            values = leaf.astype(np.float32)
+            scale = np.maximum(np.abs(values).max(axis=-2, keepdims=True), 1e-12) / 127
+            encoded[path] = jnp.asarray(np.round(values / scale).astype(np.int8))
+            encoded[path + SCALE] = jnp.asarray(scale)
+        elif storage == "bfloat16" and jnp.issubdtype(leaf.dtype, jnp.floating):
+            encoded[path] = jnp.asarray(leaf, jnp.bfloat16)
+        else:
+            encoded[path] = jnp.asarray(leaf)
+    return encoded
+
+
+def _decode(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        path: tensor.astype(jnp.float32) * tensors[path + SCALE] if path + SCALE in tensors else tensor
+        for path, tensor in tensors.items()
+        if not path.endswith(SCALE)
+    }
