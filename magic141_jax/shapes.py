@@ -1,8 +1,8 @@
 """The dimension key, once, and typed aliases for the arrays that cross module borders.
 
-    b batch                      t y x 3   pixel frames, channels last, values in [0, 1] unless said
-    f h w c  latents             l  video tokens        s  text and image tokens       j = s + l
-    n heads   k head width       d  model width         m  MLP width                   e  text width
+b batch                      t y x 3   pixel frames, channels last, values in [0, 1] unless said
+f h w c  latents             l  video tokens        s  text and image tokens       j = s + l
+n heads   k head width       d  model width         m  MLP width                   e  text width
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ def read_tensors(folder: Path, stem: str = "model") -> dict[str, jnp.ndarray]:
     for file in tensor_files(folder, stem):
         try:
             with safe_open(file, framework="flax") as reader:
-                tensors.update({name: reader.get_tensor(name) for name in reader.keys()})
+                names = reader.keys()
+                tensors.update({name: reader.get_tensor(name) for name in names})
         except FileNotFoundError:
             raise UserError(f"no file {file}; the weights folder is incomplete") from None
         except (SafetensorError, OSError) as error:
