@@ -29,6 +29,7 @@ from magic141_jax.errors import UserError, nearest
 
 DEFAULT_PACK = Path(__file__).parents[2] / "datasets" / "emoji" / "emoji.zip"
 TRIPLE_FOLD = 11
+POSTER_STARTS = 0.4  # share of videos that start from a poster, as a first window does
 CANVAS = 64  # sizes and speeds below are in pixels of a 64-pixel frame and scale with the frame
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -57,12 +58,12 @@ class Motion:
 SPEED = 2.0
 GROWTH = 1.25
 SIZES = (24.0, 50.0)
-USUAL_SIZE = 38.0
+USUAL_SIZE = 36.0
 MOTIONS: dict[str, Motion] = {
-    "left": Motion((0, -SPEED), 0, (0, 16), USUAL_SIZE, ("moves left", "goes left", "moves to the left")),
-    "right": Motion((0, SPEED), 0, (0, -16), USUAL_SIZE, ("moves right", "goes right", "moves to the right")),
-    "up": Motion((-SPEED, 0), 0, (16, 0), USUAL_SIZE, ("moves up", "goes up", "rises")),
-    "down": Motion((SPEED, 0), 0, (-16, 0), USUAL_SIZE, ("moves down", "goes down", "sinks")),
+    "left": Motion((0, -SPEED), 0, (0, 13), USUAL_SIZE, ("moves left", "goes left", "moves to the left")),
+    "right": Motion((0, SPEED), 0, (0, -13), USUAL_SIZE, ("moves right", "goes right", "moves to the right")),
+    "up": Motion((-SPEED, 0), 0, (13, 0), USUAL_SIZE, ("moves up", "goes up", "rises")),
+    "down": Motion((SPEED, 0), 0, (-13, 0), USUAL_SIZE, ("moves down", "goes down", "sinks")),
     "grows": Motion((0, 0), GROWTH, (0, 0), 28.0, ("grows", "gets bigger", "grows and stays in the middle")),
     "shrinks": Motion((0, 0), -GROWTH, (0, 0), 48.0, ("shrinks", "gets smaller", "shrinks and stays in the middle")),
     "still": Motion((0, 0), 0, (0, 0), USUAL_SIZE + 4, ("stands still", "stays still", "stays in the middle")),
@@ -132,9 +133,10 @@ class EmojiPack:
     def frames(self, subject: int) -> np.ndarray:
         """The loop of one subject, uint8 RGBA (24, 96, 96, 4), colours premultiplied by alpha."""
         if subject not in self._frames:
-            with zipfile.ZipFile(self.path) as pack, Image.open(
-                io.BytesIO(pack.read(f"{self.subjects[subject].code}.webp"))
-            ) as image:
+            with (
+                zipfile.ZipFile(self.path) as pack,
+                Image.open(io.BytesIO(pack.read(f"{self.subjects[subject].code}.webp"))) as image,
+            ):
                 rgba = np.stack([np.asarray(f.convert("RGBA")) for f in ImageSequence.Iterator(image)])
             alpha = rgba[..., 3:].astype(np.uint16)
             rgba[..., :3] = (rgba[..., :3] * alpha + 127) // 255
@@ -155,9 +157,7 @@ class EmojiPack:
                 (side, side), Image.Resampling.LANCZOS, reducing_gap=2.0
             )
             rgba = np.asarray(picture).astype(np.uint16)
-            y, x = (
-                round((c + v * i) * unit - side / 2) for c, v in zip(scene.centre, motion.velocity, strict=True)
-            )
+            y, x = (round((c + v * i) * unit - side / 2) for c, v in zip(scene.centre, motion.velocity, strict=True))
             rows, columns = np.arange(y, y + side) % size, np.arange(x, x + side) % size
             under = clip[i][np.ix_(rows, columns)]
             clip[i][np.ix_(rows, columns)] = np.minimum(rgba[..., :3] + under * (255 - rgba[..., 3:]) // 255, 255)
@@ -195,13 +195,16 @@ def poster(subject: int, colour: str, motion: str) -> Scene:
 def draw_scene(
     pack: EmojiPack, rng: np.random.Generator, *, kind: Literal["image", "video"], subjects: tuple[int, ...]
 ) -> Scene:
-    """Draws a scene: a jittered poster for images, a uniform start on the torus for videos."""
+    """Draws a scene: a jittered poster for images; for videos such a poster, of any motion, or any place and moment.
+
+    A video that starts from a poster takes its own motion independently of the poster's, so nothing leaks.
+    """
     subject = int(rng.choice(subjects))
-    colour, motion = str(rng.choice(list(COLOURS))), str(rng.choice(list(MOTIONS)))
-    if kind == "image":
-        base = poster(subject, colour, motion)
+    colour, motion, placed_for = str(rng.choice(list(COLOURS))), *rng.choice(list(MOTIONS), 2).tolist()
+    if kind == "image" or rng.random() < POSTER_STARTS:
+        base = poster(subject, colour, motion if kind == "image" else placed_for)
         centre = tuple(c + float(rng.integers(-2, 3)) for c in base.centre)
-        return dataclasses.replace(base, centre=centre, size=base.size + float(rng.integers(-1, 2)))
+        return dataclasses.replace(base, motion=motion, centre=centre, size=base.size + float(rng.integers(-1, 2)))
     centre = (float(rng.integers(CANVAS)), float(rng.integers(CANVAS)))
     return Scene(subject, colour, motion, centre, float(rng.integers(SIZES[0], SIZES[1] + 1)), int(rng.integers(24)))
 

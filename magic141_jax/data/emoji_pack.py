@@ -190,6 +190,14 @@ def _shrink(path: Path) -> bytes:
     ]
     out = io.BytesIO()
     small[0].save(
-        out, "WEBP", save_all=True, append_images=small[1:], duration=125, loop=0, quality=85, method=6, minimize_size=True
+        out,
+        "WEBP",
+        save_all=True,
+        append_images=small[1:],
+        duration=125,
+        loop=0,
+        quality=85,
+        method=6,
+        minimize_size=True,
     )
     return out.getvalue()
