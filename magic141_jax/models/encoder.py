@@ -15,14 +15,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from magic141_jax.errors import UserError
+from magic141_jax.models.layers import Linear, attention
 
-# For the parameters of an `Encoder`; the leading axis is the layer.
+# For a network whose `encoder` is an `Encoder`; axes are those of the last dimensions, so layers stay whole.
 SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"layers\.(q|k|v|mlp_in)\.kernel$", (None, "fsdp", "tensor")),
-    (r"layers\.(q|k|v|mlp_in)\.bias$", (None, "tensor")),
-    (r"layers\.(out|mlp_out)\.kernel$", (None, "tensor", "fsdp")),
-    (r"layers\.(out|mlp_out)\.bias$", (None, None)),
-    (r"layers\.(attention|mlp)_norm\.(scale|bias)$", (None, None)),
+    (r"encoder\.layers\.(q|k|v|mlp_in)\.kernel", ("fsdp", "tensor")),
+    (r"encoder\.layers\.(q|k|v|mlp_in)\.bias", ("tensor",)),
+    (r"encoder\.layers\.(out|mlp_out)\.kernel", ("tensor", "fsdp")),
+    (r"encoder\.layers\.", ()),
 )
 
 
@@ -51,13 +51,13 @@ class EncoderLayer(nnx.Module):
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs) -> None:
         width = config.width
         self.config = config
-        self.q, self.k, self.v, self.out = (nnx.Linear(width, width, rngs=rngs) for _ in range(4))
-        self.mlp_in = nnx.Linear(width, config.mlp, rngs=rngs)
-        self.mlp_out = nnx.Linear(config.mlp, width, rngs=rngs)
-        self.attention_norm = layer_norm(width, config.epsilon, rngs=rngs)
-        self.mlp_norm = layer_norm(width, config.epsilon, rngs=rngs)
+        self.q, self.k, self.v, self.out = (Linear(width, width, rngs=rngs) for _ in range(4))
+        self.mlp_in = Linear(width, config.mlp, rngs=rngs)
+        self.mlp_out = Linear(config.mlp, width, rngs=rngs)
+        self.attention_norm = affine_norm(width, config.epsilon, rngs=rngs)
+        self.mlp_norm = affine_norm(width, config.epsilon, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None) -> Float[Array, "b s d"]:
+    def __call__(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> Float[Array, "b s d"]:
         """Tokens -> tokens; where `mask` is False a token is seen by no other."""
         if self.config.pre_norm:
             x = x + self._attention(self.attention_norm(x), mask)
@@ -65,11 +65,10 @@ class EncoderLayer(nnx.Module):
         x = self.attention_norm(x + self._attention(x, mask))
         return self.mlp_norm(x + self._mlp(x))
 
-    def _attention(self, x: Array, mask: Array | None) -> Array:
+    def _attention(self, x: Array, mask: Array) -> Array:
         heads = (*x.shape[:2], self.config.heads, -1)
         q, k, v = (project(x).reshape(heads) for project in (self.q, self.k, self.v))
-        keys = None if mask is None else mask[:, None, None, :]
-        return self.out(jax.nn.dot_product_attention(q, k, v, mask=keys).reshape(x.shape))
+        return self.out(attention(q, k, v, mask))
 
     def _mlp(self, x: Array) -> Array:
         return self.mlp_out(jax.nn.gelu(self.mlp_in(x), approximate=False))
@@ -86,7 +85,7 @@ class Encoder(nnx.Module):
 
         self.layers = stacked(rngs)
 
-    def __call__(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None = None) -> Float[Array, "b s d"]:
+    def __call__(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> Float[Array, "b s d"]:
         """Tokens -> tokens; where `mask` is False a token is seen by no other."""
         graphdef, stacked = nnx.split(self.layers)
 
@@ -96,6 +95,6 @@ class Encoder(nnx.Module):
         return jax.lax.scan(step, x, stacked)[0]
 
 
-def layer_norm(width: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def affine_norm(width: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """A layer norm with the two-pass variance: the fast one loses digits when the mean is large."""
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, rngs=rngs)

@@ -21,14 +21,15 @@ from flax import nnx
 
 from magic141_jax.errors import UserError
 from magic141_jax.models import encoder
-from magic141_jax.models.encoder import Encoder, EncoderConfig, layer_norm
+from magic141_jax.models.encoder import Encoder, EncoderConfig, affine_norm
+from magic141_jax.models.layers import Linear, patchify
 from magic141_jax.shapes import Images, Tokens
 
 SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     *encoder.SHARDING_RULES,
-    (r"^(patch|merge|project)\.kernel$", (None, "fsdp")),
-    (r"^(patch|merge|project)\.bias$", (None,)),
-    (r"^norm\.(scale|bias)$", (None,)),
+    (r"(patch|merge|project)\.kernel", (None, "fsdp")),
+    (r"(patch|merge|project)\.bias", ()),
+    (r"norm\.(scale|bias)", ()),
 )
 
 
@@ -45,7 +46,7 @@ class ImageEncoderConfig:
     heads: int = 3
     mlp: int = 768
     text_width: int = 384
-    token_rms: float = 0.4
+    token_rms: float = 0.44
     epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -69,16 +70,16 @@ class ImageEncoder(nnx.Module):
     def __init__(self, config: ImageEncoderConfig, *, rngs: nnx.Rngs) -> None:
         width = config.width
         self.config = config
-        self.patch = nnx.Linear(3 * config.patch**2, width, rngs=rngs)
+        self.patch = Linear(3 * config.patch**2, width, rngs=rngs)
         layers = EncoderConfig(
             layers=config.layers, width=width, heads=config.heads, mlp=config.mlp, epsilon=config.epsilon
         )
         self.encoder = Encoder(layers, rngs=rngs)
-        self.merge = nnx.Linear(4 * width, width, rngs=rngs)
-        self.norm = layer_norm(width, config.epsilon, rngs=rngs)
+        self.merge = Linear(4 * width, width, rngs=rngs)
+        self.norm = affine_norm(width, config.epsilon, rngs=rngs)
         # The norm gives unit variance, so this variance of the kernel gives tokens of the wanted scale.
         scaled = jax.nn.initializers.variance_scaling(config.token_rms**2, "fan_in", "normal")
-        self.project = nnx.Linear(width, config.text_width, kernel_init=scaled, rngs=rngs)
+        self.project = Linear(width, config.text_width, init=scaled, rngs=rngs)
 
     def __call__(self, images: Images) -> Tokens:
         """Images (b, y, x, 3) in [0, 1] -> tokens (b, s, e), row by row.
@@ -87,16 +88,16 @@ class ImageEncoder(nnx.Module):
           UserError: a side doesn't divide by twice the patch.
         """
         self.config.tokens(*images.shape[1:3])
-        x = _cells(2 * images - 1, self.config.patch)
-        rows, columns, width = *x.shape[1:3], self.config.width
-        x = self.patch(x) + jnp.asarray(sine_positions(rows, columns, width), x.dtype)[None]
-        x = self.encoder(x.reshape(len(x), rows * columns, width)).reshape(-1, rows, columns, width)
-        x = self.norm(self.merge(_cells(x, 2)))
-        return self.project(x).reshape(len(x), -1, self.config.text_width)
+        rows, columns = (side // self.config.patch for side in images.shape[1:3])
+        x = self.patch(_cells(2 * images - 1, self.config.patch))
+        x = x + jnp.asarray(sine_positions(rows, columns, self.config.width), x.dtype)[None]
+        x = self.encoder(x, jnp.ones(x.shape[:2], bool))
+        x = self.merge(_cells(x.reshape(len(x), rows, columns, -1), 2))
+        return self.project(self.norm(x))
 
 
 def sine_positions(rows: int, columns: int, width: int, period: float = 100.0) -> np.ndarray:
-    """2D sine and cosine features (rows, columns, width): a half of the width for each of the two coordinates.
+    """2D sine and cosine features (rows * columns, width): a half of the width for each of the two coordinates.
 
     Wavelengths grow geometrically from 2 pi to about 2 pi * `period` patches.
     """
@@ -108,14 +109,12 @@ def sine_positions(rows: int, columns: int, width: int, period: float = 100.0) -
 
     down = np.broadcast_to(features(rows)[:, None], (rows, columns, width // 2))
     across = np.broadcast_to(features(columns)[None], (rows, columns, width // 2))
-    return np.concatenate([down, across], axis=-1).astype(np.float32)
+    return np.concatenate([down, across], axis=-1).astype(np.float32).reshape(rows * columns, width)
 
 
 def _cells(x: jax.Array, size: int) -> jax.Array:
-    """(b, y, x, c) -> (b, y / size, x / size, size * size * c)."""
-    b, y, x_, c = x.shape
-    x = x.reshape(b, y // size, size, x_ // size, size, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, y // size, x_ // size, size * size * c)
+    """(b, y, x, c) -> one vector for each cell of size * size: (b, y x / size^2, size * size * c)."""
+    return patchify(x[:, None], (1, size, size))
 
 
 def _round_size(value: int, cell: int, up: bool) -> int:

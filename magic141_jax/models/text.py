@@ -23,7 +23,7 @@ from tokenizers import Encoding, Tokenizer
 from magic141_jax import settings, weights
 from magic141_jax.errors import UserError
 from magic141_jax.models import encoder
-from magic141_jax.models.encoder import Encoder, EncoderConfig, layer_norm
+from magic141_jax.models.encoder import Encoder, EncoderConfig, affine_norm
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import Params, cast, require_match
 from magic141_jax.shapes import Pooled, TokenIds, TokenMask, Tokens
@@ -32,8 +32,8 @@ MAX_BATCH = 64
 
 SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     *encoder.SHARDING_RULES,
-    (r"^(word|position|token_type)\.embedding$", (None, "fsdp")),
-    (r"^norm\.(scale|bias)$", (None,)),
+    (r"(word|position|token_type)\.embedding", (None, "fsdp")),
+    (r"norm\.(scale|bias)", ()),
 )
 
 
@@ -88,7 +88,7 @@ class Bert(nnx.Module):
         self.word = nnx.Embed(config.vocabulary, width, rngs=rngs)
         self.position = nnx.Embed(config.positions, width, rngs=rngs)
         self.token_type = nnx.Embed(config.token_types, width, rngs=rngs)
-        self.norm = layer_norm(width, config.epsilon, rngs=rngs)
+        self.norm = affine_norm(width, config.epsilon, rngs=rngs)
         layers = EncoderConfig(
             layers=config.layers,
             width=width,
