@@ -1,0 +1,177 @@
+"""`python -m magic141_jax.data`: makes prepared data sets.
+
+    python -m magic141_jax.data prepare SRC DST [--size 64] [--num_frames 17] [--fps 8] [--weights DIR] ...
+    python -m magic141_jax.data emoji-pack FOLDER TARGET.zip
+
+SRC is a folder with captions.csv or captions.jsonl, a manifest (.jsonl), `tfds:NAME[:SPLIT]` or `emoji[:SPLIT]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+
+from magic141_jax import weights
+from magic141_jax.data import cache
+from magic141_jax.data.buckets import Bucket, make_buckets, parse_size
+from magic141_jax.data.prepare import Encoders, prepare
+from magic141_jax.data.sources import FileClips, Source, TfdsClips
+from magic141_jax.errors import UserError, run_entry_point
+
+DEFAULTS = {"height": 64, "width": 64, "num_frames": 17, "fps": 8.0}
+EMOJI_PACK = Path("datasets/emoji/emoji.zip")
+EMOJI_LENGTH = 10_000
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="python -m magic141_jax.data", description="Makes prepared data sets.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    made = commands.add_parser("prepare", help="decode clips, cut them to size, encode them, store them for training")
+    made.add_argument(
+        "source", metavar="SRC", help="folder with captions.csv, manifest.jsonl, tfds:NAME[:SPLIT], emoji[:SPLIT]"
+    )
+    made.add_argument("target", metavar="DST", type=Path, help="folder to make")
+    made.add_argument(
+        "--size", nargs="+", metavar="HxW", help="one size or several: clips go to the nearest aspect ratio"
+    )
+    made.add_argument(
+        "--num_frames", nargs="+", type=int, metavar="N", help="one length or several: the longest that fits"
+    )
+    made.add_argument("--fps", type=float, help="frames a second; 0 keeps each file's own")
+    made.add_argument(
+        "--weights", metavar="DIR", help="store latents and text states made by this folder's vae and text_encoder"
+    )
+    made.add_argument(
+        "--limit", type=int, metavar="N", help="use at most N clips, drawn by --seed (emoji: N clips are composed)"
+    )
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--overwrite", action="store_true", help="replace a prepared data set at DST")
+    made.add_argument("--frames_key", help="tfds: feature with the frames")
+    made.add_argument("--text_key", help="tfds: feature with the caption or label")
+    made.add_argument("--data_dir", type=Path, help="tfds: where its data sets are kept")
+    made.add_argument("--pack", type=Path, default=EMOJI_PACK, help="emoji: the pack (default %(default)s)")
+    made.add_argument("--kind", choices=("video", "image"), default="video", help="emoji: what to compose")
+    pack = commands.add_parser("emoji-pack", help="make the emoji pack from the unpacked npm packages")
+    pack.add_argument("source", metavar="FOLDER", type=Path)
+    pack.add_argument("target", metavar="TARGET", type=Path)
+    return parser
+
+
+def main() -> None:
+    """Parses the command line and runs the command."""
+    args = _parser().parse_args()
+    COMMANDS[args.command](args)
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    for name, low in (("limit", 1), ("seed", 0), ("fps", 0)):
+        value = getattr(args, name)
+        if value is not None and not (low <= value < 2**31 and math.isfinite(value)):
+            raise UserError(f"--{name} is {value}; it must be {low} or more")
+    cache.check_target(args.target, overwrite=args.overwrite)
+    encoders, settings, factors = _load_encoders(args.weights) if args.weights else (None, DEFAULTS, (8, 4))
+    fps = settings["fps"] if args.fps is None else args.fps
+    sizes = [parse_size(text) for text in args.size] if args.size else [(settings["height"], settings["width"])]
+    lengths = args.num_frames or [settings["num_frames"]]
+    buckets = make_buckets(sizes, lengths, spatial=factors[0], temporal=factors[1])
+    source, limit = _open_source(args, buckets, fps or None)
+    metadata = {"fps": fps or None, "source": args.source, "seed": args.seed}
+    if args.weights:
+        metadata["weights"] = weights.digest(Path(args.weights))
+    report = prepare(
+        source,
+        args.target,
+        metadata=metadata,
+        encoders=encoders,
+        limit=limit,
+        seed=args.seed,
+        overwrite=args.overwrite,
+        progress=True,
+    )
+    print(report.table())
+    print(f"wrote {args.target}")
+
+
+def _open_source(args: argparse.Namespace, buckets: tuple[Bucket, ...], fps: float | None) -> tuple[Source, int | None]:
+    """The source that SRC names, and what is left of the limit."""
+    kind, _, rest = args.source.partition(":")
+    if kind == "tfds":
+        name, _, split = rest.partition(":")
+        keys = {"frames_key": args.frames_key, "text_key": args.text_key, "data_dir": args.data_dir}
+        return TfdsClips(name, buckets=buckets, split=split or "train", **keys), args.limit
+    if kind == "emoji":
+        return _open_emoji(args, buckets, rest or "train", fps), None
+    path = Path(args.source)
+    if not path.exists():
+        raise UserError(f"no folder or manifest {path}; SRC may also be tfds:NAME[:SPLIT] or emoji[:SPLIT]")
+    return FileClips.open(path, buckets=buckets, fps=fps), args.limit
+
+
+def _open_emoji(args: argparse.Namespace, buckets: tuple[Bucket, ...], split: str, fps: float | None) -> Source:
+    """Composed emoji clips: one square size and one length."""
+    if len(buckets) != 1 or buckets[0].height != buckets[0].width:
+        raise UserError("emoji clips are square and of one length; give one --size N and one --num_frames N")
+    emoji = importlib.import_module("magic141_jax.data.emoji")
+    return emoji.EmojiClips(
+        args.pack,
+        size=buckets[0].height,
+        num_frames=buckets[0].num_frames,
+        fps=fps or DEFAULTS["fps"],
+        split=split,
+        seed=args.seed,
+        length=args.limit or EMOJI_LENGTH,
+        kind=args.kind,
+    )
+
+
+def _load_encoders(folder: str) -> tuple[Encoders, dict[str, Any], tuple[int, int]]:
+    """The encoders of a weights folder, the sizes it was made for, and its (spatial, temporal) factors.
+
+    Only vae/ and text_encoder/ are read, so that latents can be made before there is a transformer. The networks are
+    imported by name, since pixels are prepared without them.
+    """
+    components = importlib.import_module("magic141_jax.pipelines.components")
+    path = components.find_folder(folder)
+    network, params = components.load_model(path / "vae")
+    kind = weights.read_json(path / "text_encoder" / "config.json").get("model")
+    if kind not in components.TEXT_ENCODERS:
+        raise UserError(f"{path / 'text_encoder'} holds {kind!r}; known are {', '.join(components.TEXT_ENCODERS)}")
+    text_encoder = components.TEXT_ENCODERS[kind](path / "text_encoder")
+
+    @jax.jit
+    def encode(params: Any, frames: jax.Array) -> jax.Array:
+        return network(params, frames.astype(np.float32) / 255, method="encode_latents")
+
+    def encode_text(captions: list[str]) -> tuple[Any, Any, Any]:
+        text = text_encoder.encode(captions)
+        return text.states, text.mask, text.pooled
+
+    index = path / "model_index.json"
+    sampling = weights.read_json(index).get("sampling", {}) if index.exists() else {}
+    settings = {key: sampling.get(key, value) for key, value in DEFAULTS.items()}
+    factors = network.config.spatial_factor, network.config.temporal_factor
+    return Encoders(lambda frames: encode(params, frames), encode_text), settings, factors
+
+
+def _emoji_pack(args: argparse.Namespace) -> None:
+    made = importlib.import_module("magic141_jax.data.emoji_pack").build(args.source, args.target)
+    print(", ".join(f"{count} {what}" for what, count in made.items()) + f" in {args.target}")
+
+
+COMMANDS = {"prepare": _prepare, "emoji-pack": _emoji_pack}
+
+if __name__ == "__main__":
+    run_entry_point(main)
