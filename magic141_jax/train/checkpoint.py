@@ -1,0 +1,122 @@
+"""Training checkpoints: the whole state, the position in the data and the host's bookkeeping, in one atomic step.
+
+Orbax writes in the background and renames a finished step into place, so a kill at any moment leaves the last
+finished one intact. Restoring takes the state's current layout, so a run can go on on another mesh. Nothing is
+unpickled; frozen roles are not stored.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import orbax.checkpoint as ocp
+from grain import checkpoint as grain_checkpoint
+
+from magic141_jax.errors import UserError
+from magic141_jax.train.state import TrainState
+
+
+class Batches(Protocol):
+    """An endless iterator of batches whose position can be saved and restored exactly."""
+
+    def __next__(self) -> Any:
+        """The next batch."""
+        ...
+
+    def get_state(self) -> Any:
+        """The position: bytes or a JSON-ready value."""
+        ...
+
+    def set_state(self, state: Any) -> None:
+        """Goes to a position that `get_state` gave."""
+        ...
+
+
+class Checkpoints:
+    """The checkpoints of one run, below `folder`."""
+
+    def __init__(self, folder: Path, *, keep: int = 2):
+        self.folder = Path(folder).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    @property
+    def latest(self) -> Path | None:
+        """The folder of the last finished checkpoint."""
+        self.wait()
+        step = self._manager.latest_step()
+        return None if step is None else self.folder / str(step)
+
+    def save(self, step: int, state: TrainState, batches: Batches, progress: dict[str, Any]) -> None:
+        """Starts writing a checkpoint after `step` steps; copies to the host before it returns."""
+        if step in self._manager.all_steps():
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_tree(state)),
+            data=grain_checkpoint.CheckpointSave(_Position(batches)),
+            progress=ocp.args.JsonSave(progress),
+        )
+        self._manager.save(step, args=args)
+
+    def restore(self, state: TrainState, batches: Batches | None) -> tuple[TrainState, dict[str, Any]] | None:
+        """The last checkpoint in the layout of `state`, with `batches` moved to its position; None if there is none.
+
+        Raises:
+          UserError: the checkpoint holds other parameters than `state`.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(state))
+        items = {"state": ocp.args.StandardRestore(wanted), "progress": ocp.args.JsonRestore()}
+        if batches is not None:
+            items["data"] = grain_checkpoint.CheckpointRestore(_Position(batches))
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0][:300]
+            raise UserError(
+                f"the checkpoint {self.folder / str(step)} does not fit this config ({reason}); "
+                "use the config that it was made with or another --workdir"
+            ) from error
+        return TrainState(**restored["state"]), restored["progress"]
+
+    def preempted(self, step: int) -> bool:
+        """Whether the cluster has asked all processes to stop; agreed between them."""
+        return jax.process_count() > 1 and self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Waits for what is being written, and raises what went wrong with it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and stops the background threads."""
+        self._manager.close()
+
+
+class _Position:
+    """A data iterator's position as the bytes that Grain's checkpoint handler writes, one file a process."""
+
+    def __init__(self, batches: Batches):
+        self._batches = batches
+
+    def get_state(self) -> bytes:
+        state = self._batches.get_state()
+        if isinstance(state, bytes):
+            return json.dumps({"base64": base64.b64encode(state).decode()}).encode()
+        return json.dumps({"json": state}).encode()
+
+    def set_state(self, state: bytes) -> None:
+        held = json.loads(state)
+        self._batches.set_state(base64.b64decode(held["base64"]) if "base64" in held else held["json"])
+
+    def start_prefetch(self) -> None:
+        """Grain calls this after restoring; our iterators start by themselves."""
+
+
+def _tree(state: TrainState) -> dict[str, Any]:
+    return {field: getattr(state, field) for field in ("step", "key", "params", "opt_state", "ema")}

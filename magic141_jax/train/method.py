@@ -1,0 +1,55 @@
+"""What a training method is: losses over named roles. The step and the loop know nothing else about it.
+
+A role is a set of trained parameters with its own optimizer: a student, a fake score, a discriminator. A method
+says which roles there are, how often each is updated, and what each minimises. Flow matching, autoencoding and
+the distillation objectives (paper sections 3 and 4) are methods; none of them has a trainer of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+
+from magic141_jax.pytree import Params
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+class Method(Protocol):
+    """A training objective over named roles.
+
+    Attributes:
+      roles: the trained roles, in the order in which they are updated.
+      cadence: a role is updated at every step divisible by its number; a missing role counts as 1.
+      frozen: parameters that the losses read under their own role names and that are never updated or saved.
+    """
+
+    roles: tuple[str, ...]
+    cadence: Mapping[str, int]
+    frozen: Mapping[str, Params]
+
+    def init(self, key: jax.Array) -> dict[str, Params]:
+        """Draws fresh parameters of every trained role."""
+        ...
+
+    def losses(
+        self, params: Mapping[str, Params], batch: Batch, key: jax.Array, step: jax.Array
+    ) -> tuple[dict[str, jax.Array], Metrics]:
+        """One scalar loss per trained role, and scalar metrics; pure and traceable.
+
+        The step differentiates the loss of a role by the parameters of that role only, so an adversary needs no
+        stop_gradient. A metric that a batch has no sample for is NaN, and is left out of the averages.
+        """
+        ...
+
+    def components(self, params: Mapping[str, Params]) -> dict[str, tuple[str, Any, Params]]:
+        """The networks that a weights folder gets: {folder name: (model name, config, parameters)}."""
+        ...
+
+
+def active_roles(method: Method, step: int) -> tuple[str, ...]:
+    """The roles that step number `step` (counted from 0) updates."""
+    return tuple(role for role in method.roles if step % method.cadence.get(role, 1) == 0)
