@@ -1,0 +1,40 @@
+"""Classifier-free guidance (arXiv 2207.12598) as a wrapper around a velocity function.
+
+    v = v_u + scale (v_c - v_u)
+
+so that scale 1 is the conditional velocity alone and 0 the negative one. (Some code counts the extra weight
+instead: w = scale - 1.) Guidance is linear, hence the same in v, x0 and eps.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from magic141_jax.diffusion.conditioning import Conditioning, Velocity, replace_text
+from magic141_jax.shapes import Latents, Times
+
+
+def guided(velocity: Velocity, negative: Conditioning, scale: float | Float[Array, " b"]) -> Velocity:
+    """Guides `velocity` away from the negative text; both branches run as one batch of 2b.
+
+    Args:
+      velocity: the velocity to wrap.
+      negative: whose text part and pooled vector make the negative branch. Everything else in that branch (image
+        tokens, known latents, mask) is taken from the conditioning of each call. Its text has the same length.
+      scale: one number, or one per sample. The Python number 1 costs nothing: `velocity` itself is returned.
+    """
+    if isinstance(scale, int | float) and scale == 1:
+        return velocity
+
+    def guided_velocity(x: Latents, t: Times, cond: Conditioning) -> Latents:
+        n = negative.image_tokens
+        other = replace_text(cond, negative.text[:, n:], negative.text_mask[:, n:], negative.pooled)
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, other)
+        v = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
+        v_cond, v_negative = jnp.split(v, 2)
+        w = jnp.asarray(scale, v.dtype)
+        return v_negative + w.reshape(w.shape + (1,) * (v.ndim - w.ndim)) * (v_cond - v_negative)
+
+    return guided_velocity

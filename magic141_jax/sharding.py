@@ -1,0 +1,181 @@
+"""Where arrays live: a mesh from a config, and a named sharding for every leaf of a tree from a table of rules.
+
+The mesh has three axes: "data" (batch only), "fsdp" (batch, and weights in slices that are gathered layer by layer)
+and "tensor" (weights within a layer). Batches are split over data x fsdp. A rule is a pair
+
+    (regex, (axis or None, ...))      such as (r"attention\\.q\\.kernel", ("fsdp", "tensor"))
+
+The regex is searched for in the dotted path of a leaf, and the first that is found decides; so do not anchor it: the
+same table places the optimizer's moments and the averaged weights, whose paths end like those of the parameters.
+The axes are those of the last dimensions, so that one rule serves a layer and a stack of layers. A leaf without a
+rule has its largest dimension that "fsdp" divides split over "fsdp", or is copied to all devices if it is small.
+
+Axes are `AxisType.Auto`: the compiler chooses the shardings in between, and numbers do not depend on the mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from magic141_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The number of devices along each axis; one of them may be -1 and takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where one leaf goes, and why."""
+
+    path: str
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    reason: str
+
+
+def make_mesh(config: MeshConfig | None = None, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor) over `devices`, all of them unless said; any process may call it.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    config = config or MeshConfig()
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [getattr(config, axis) for axis in AXES]
+    asked = "x".join(map(str, sizes))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh {asked} (data x fsdp x tensor): sizes are positive, and one of them may be -1")
+    fixed = math.prod(size for size in sizes if size != -1)
+    filled = [len(devices) // fixed if size == -1 else size for size in sizes]
+    if math.prod(filled) != len(devices):
+        raise UserError(f"mesh {asked} (data x fsdp x tensor) does not fit {len(devices)} devices; set one size to -1")
+    return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def placements(tree: Any, mesh: Mesh, rules: Rules = (), *, small: int = 2**16) -> list[Placement]:
+    """The placement of every leaf of a pytree (parameters, optimizer state...) of arrays or shape structs, in order.
+
+    The fallback copies leaves with fewer values than `small`; `rules` are explained at the top of the module.
+
+    Raises:
+      ValueError: a rule names an unknown axis or has more axes than its leaf has dimensions.
+    """
+    return [
+        _place(
+            jax.tree_util.keystr(path, simple=True, separator="."), tuple(leaf.shape), mesh, rules=rules, small=small
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Rules = (), *, small: int = 2**16) -> Any:
+    """A tree like `tree` with a `NamedSharding` per leaf, for `jax.jit` and `jax.device_put`; see `placements`."""
+    placed = [NamedSharding(mesh, p.spec) for p in placements(tree, mesh, rules, small=small)]
+    return jax.tree.unflatten(jax.tree.structure(tree), placed)
+
+
+def table(tree: Any, mesh: Mesh, rules: Rules = (), *, small: int = 2**16) -> str:
+    """What went where, one line a leaf (path, shape, spec, reason), and the memory per device in the last line."""
+    placed = placements(tree, mesh, rules, small=small)
+    rows = [(p.path, "x".join(map(str, p.shape)) or "scalar", _spec_text(p.spec), p.reason) for p in placed]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+    lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]) for row in rows]
+    itemsizes = [np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)]
+    whole = sum(size * math.prod(p.shape) for p, size in zip(placed, itemsizes))
+    local = sum(
+        size * math.prod(NamedSharding(mesh, p.spec).shard_shape(p.shape)) for p, size in zip(placed, itemsizes)
+    )
+    shape = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    return "\n".join([*lines, f"mesh {shape}: {whole / 2**20:.1f} MiB in all, {local / 2**20:.1f} MiB on a device"])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis split over data x fsdp, for arrays of any rank from 1."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_size_per_process(batch_size: int, mesh: Mesh) -> int:
+    """How many samples of a global batch each process loads.
+
+    Raises:
+      UserError: the batch cannot be split evenly over the mesh; the nearest sizes that can are named.
+    """
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    unit = math.lcm(shards, jax.process_count())
+    if batch_size < 1 or batch_size % unit:
+        lower = batch_size // unit * unit
+        near = " or ".join(str(size) for size in (lower, lower + unit) if size > 0)
+        raise UserError(f"batch size {batch_size} does not split over {unit} shards; take {near}")
+    return batch_size // jax.process_count()
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Host arrays, this process's part of the batch, as global arrays split on the leading axis; scalars are copied."""
+
+    def put(leaf: Any) -> jax.Array:
+        sharding = batch_sharding(mesh) if np.ndim(leaf) else replicated(mesh)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+
+    return jax.tree.map(put, batch)
+
+
+def _place(path: str, shape: tuple[int, ...], mesh: Mesh, *, rules: Rules, small: int) -> Placement:
+    for pattern, axes in rules:
+        if re.search(pattern, path):
+            return Placement(path, shape, *_by_rule(path, shape, mesh, pattern=pattern, axes=axes))
+    return Placement(path, shape, *_by_size(shape, mesh.shape["fsdp"], small))
+
+
+def _by_rule(
+    path: str, shape: tuple[int, ...], mesh: Mesh, *, pattern: str, axes: tuple[str | None, ...]
+) -> tuple[PartitionSpec, str]:
+    """The rule's axes on the last dimensions, without those that do not divide theirs."""
+    unknown = [axis for axis in axes if axis is not None and axis not in mesh.shape]
+    if unknown:
+        raise ValueError(f"sharding rule {pattern!r} names the axis {unknown[0]!r}; the mesh has {tuple(mesh.shape)}")
+    if len(axes) > len(shape):
+        raise ValueError(f"sharding rule {pattern!r} has {len(axes)} axes for {path} of shape {shape}")
+    wanted = (None,) * (len(shape) - len(axes)) + tuple(axes)
+    kept = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(wanted, shape)]
+    dropped = [
+        f"{axis} does not divide {size}" for axis, size in zip(wanted, shape) if axis and size % mesh.shape[axis]
+    ]
+    return PartitionSpec(*kept), "; ".join([f"rule {pattern}", *dropped])
+
+
+def _by_size(shape: tuple[int, ...], fsdp: int, small: int) -> tuple[PartitionSpec, str]:
+    """The fallback: the largest dimension that the fsdp axis divides, the first among equals."""
+    if fsdp == 1 or math.prod(shape) < small:
+        return PartitionSpec(), "copied: small" if fsdp > 1 else "copied: fsdp=1"
+    fitting = [i for i, size in enumerate(shape) if size % fsdp == 0]
+    if not fitting:
+        return PartitionSpec(), f"copied: no dimension divides by fsdp={fsdp}"
+    split = max(fitting, key=lambda i: shape[i])
+    return PartitionSpec(*("fsdp" if i == split else None for i in range(len(shape)))), "largest dimension"
+
+
+def _spec_text(spec: PartitionSpec) -> str:
+    return "(" + ", ".join("-" if axis is None else str(axis) for axis in spec) + ")"

@@ -1,0 +1,162 @@
+"""Eight fake devices: the specs are the table's, and the numbers those of one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from magic141_jax import sharding
+from magic141_jax.diffusion import conditioning, flow, samplers, timesteps
+from magic141_jax.errors import UserError
+from magic141_jax.sharding import MeshConfig, make_mesh
+
+RULES = (
+    (r"up\.kernel", ("fsdp", "tensor")),
+    (r"down\.kernel", ("tensor", "fsdp")),
+    (r"up\.bias", ("tensor",)),
+)
+
+
+def make_params(layers=3, width=8, inner=16):
+    keys = jax.random.split(jax.random.key(0), 3)
+    return {
+        "blocks": {
+            "up": {"kernel": jax.random.normal(keys[0], (layers, width, inner)), "bias": jnp.zeros((layers, inner))},
+            "down": {"kernel": jax.random.normal(keys[1], (layers, inner, width))},
+        },
+        "head": {"kernel": jax.random.normal(keys[2], (width, 6))},
+    }
+
+
+def loss(params, x):
+    def block(x, p):
+        hidden = jnp.tanh(x @ p["up"]["kernel"] + p["up"]["bias"][None])
+        return x + hidden @ p["down"]["kernel"], None
+
+    x, _ = jax.lax.scan(block, x, params["blocks"])
+    return jnp.mean((x @ params["head"]["kernel"]) ** 2)
+
+
+def specs(tree):
+    return {p: leaf.sharding.spec for p, leaf in zip(["down", "bias", "up", "head"], jax.tree.leaves(tree))}
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (MeshConfig(), (8, 1, 1)),
+        (MeshConfig(data=2, fsdp=-1, tensor=2), (2, 2, 2)),
+        (MeshConfig(data=1, fsdp=8, tensor=1), (1, 8, 1)),
+    ],
+)
+def test_minus_one_takes_the_rest(config, shape):
+    mesh = make_mesh(config)
+    assert tuple(mesh.shape.values()) == shape and mesh.axis_names == sharding.AXES
+    assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, -1, 1), (0, 1, 8), (-1, 3, 1), (4, 4, 1), (-1, 16, 1)])
+def test_meshes_that_do_not_fit_are_refused(sizes):
+    with pytest.raises(UserError, match="mesh"):
+        make_mesh(MeshConfig(*sizes))
+
+
+def test_rules_place_stacked_leaves_and_the_fallback_the_rest():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = jax.device_put(make_params(), sharding.shardings(make_params(), mesh, RULES, small=1))
+    assert specs(placed) == {
+        "up": P(None, "fsdp", "tensor"),
+        "down": P(None, "tensor", "fsdp"),
+        "bias": P(None, "tensor"),
+        "head": P("fsdp", None),
+    }
+
+
+def test_fallback_takes_the_largest_dimension_that_divides_and_copies_small_leaves():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    tree = {"a": jnp.zeros((9, 16, 24)), "b": jnp.zeros((9, 7)), "c": jnp.zeros(()), "d": jnp.zeros((8,))}
+    found = {p.path: p.spec for p in sharding.placements(tree, mesh, small=9)}
+    assert found == {"a": P(None, None, "fsdp"), "b": P(), "c": P(), "d": P()}
+
+
+def test_an_axis_that_does_not_divide_is_dropped_and_said():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    (placed,) = sharding.placements({"up": {"kernel": jnp.zeros((6, 4))}}, mesh, RULES)
+    assert placed.spec == P(None, "tensor") and "fsdp does not divide 6" in placed.reason
+
+
+@pytest.mark.parametrize("axes", [("model",), ("fsdp", None, None)])
+def test_wrong_rules_are_refused(axes):
+    with pytest.raises(ValueError, match="rule"):
+        sharding.placements({"w": jnp.zeros((4, 4))}, make_mesh(), ((r"w", axes),))
+
+
+def test_a_training_step_gives_the_numbers_of_one_device_and_keeps_the_specs():
+    optimizer = optax.adam(1e-2)
+    x = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+
+    def step(params, state, x):
+        value, grads = jax.value_and_grad(loss)(params, x)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    params, state = make_params(), optimizer.init(make_params())
+    expected, _, expected_value = jax.jit(step)(params, state, x)
+
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    where = [sharding.shardings(tree, mesh, RULES, small=1) for tree in (params, state)]
+    sharded_step = jax.jit(step, out_shardings=(*where, sharding.replicated(mesh)))
+    batch = sharding.shard_batch(x, mesh)
+    assert batch.sharding.spec == P(("data", "fsdp"))
+    params, state = jax.device_put((params, state), tuple(where))
+    new, new_state, value = sharded_step(params, state, batch)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), new, expected)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    assert specs(new) == specs(params)
+    assert specs(new_state[0].mu) == specs(params), "the same table places the moments"
+
+
+def test_sampling_gives_the_videos_of_one_device():
+    shape = (8, 2, 2, 2, 4)
+    weight = jax.random.normal(jax.random.key(1), (9, 4))
+
+    def velocity(x, t, cond):
+        return jnp.tanh(conditioning.model_input(x, cond) @ weight)
+
+    def run(key):
+        known, mask = conditioning.known_latents(jnp.ones(shape), 1, 2)
+        cond = conditioning.Conditioning(jnp.zeros((8, 1, 2)), jnp.ones((8, 1), bool), jnp.zeros((8, 2)), known, mask)
+        noise = flow.draw_noise(key, shape)
+        return samplers.sample(velocity, cond, noise, timesteps.grid(3, 5.0), sampler="renoise", key=key)
+
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    many = jax.jit(run, out_shardings=sharding.batch_sharding(mesh))(jax.random.key(0))
+    assert many.sharding.spec == P(("data", "fsdp"))
+    np.testing.assert_allclose(many, jax.jit(run)(jax.random.key(0)), atol=1e-5)
+
+
+def test_batches_of_mappings_with_scalars():
+    mesh = make_mesh()
+    batch = sharding.shard_batch({"x": np.arange(16).reshape(8, 2), "count": np.float32(3)}, mesh)
+    np.testing.assert_array_equal(batch["x"], np.arange(16).reshape(8, 2))
+    assert batch["x"].addressable_shards[0].data.shape == (1, 2) and batch["count"].sharding.spec == P()
+
+
+def test_batch_sizes_that_do_not_split_name_the_nearest():
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    assert sharding.batch_size_per_process(16, mesh) == 16
+    with pytest.raises(UserError, match="take 16 or 24"):
+        sharding.batch_size_per_process(20, mesh)
+    with pytest.raises(UserError, match="take 8"):
+        sharding.batch_size_per_process(3, mesh)
+
+
+def test_the_table_says_what_went_where():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    lines = sharding.table(make_params(), mesh, RULES, small=1).splitlines()
+    assert len(lines) == 5
+    assert "blocks.up.kernel" in lines[2] and "3x8x16" in lines[2] and "(-, fsdp, tensor)" in lines[2]
+    assert "largest dimension" in lines[3] and "data=2 fsdp=2 tensor=2" in lines[4]
