@@ -1,0 +1,210 @@
+"""The parts of a diffusion transformer: linear maps, norms, time features, three-axis RoPE, attention, patches.
+
+Every `Linear` may hold a stack of layers: its kernel is then (layers, in, out) and a scan hands it out slice by
+slice. Kernels are kept in the dtype they were given in and cast to the dtype of the activations when used; norms and
+softmax run in float32.
+
+Two layouts are chosen for speed and meshes; `convert/` accounts for both:
+  - the fused q, k, v columns are ordered (n, 3, k), head first, so a tensor-parallel shard holds whole heads;
+  - RoPE pairs dim i with i + k/2 (not 2i with 2i + 1), which needs no strided access. A permutation that is common
+    to q and k leaves q.k unchanged, so this equals the interleaved form of the published weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from magic141_jax.errors import UserError
+from magic141_jax.shapes import Latents, Times
+
+EPSILON = 1e-6
+MASKED = -1e30  # finite, so a row of masked keys gives a mean instead of NaN
+
+Initializer = Callable[..., jax.Array]
+LECUN: Initializer = jax.nn.initializers.variance_scaling(
+    1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=()
+)
+LECUN_STACKED: Initializer = jax.nn.initializers.variance_scaling(
+    1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,)
+)
+ZEROS: Initializer = jax.nn.initializers.zeros
+NORMAL: Initializer = jax.nn.initializers.normal(0.02)
+
+
+def expand_like(vector: Array, x: Array) -> Array:
+    """Gives a vector (e,) leading axes of size 1 until it has the rank of x (..., e)."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+class Linear(nnx.Module):
+    """y = x W + b with W (in, out), or a stack (layers, in, out) that a scan slices."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        rngs: nnx.Rngs,
+        layers: int | None = None,
+        init: Initializer | None = None,
+        bias: bool = True,
+    ):
+        stack = () if layers is None else (layers,)
+        init = init or (LECUN_STACKED if stack else LECUN)
+        self.kernel = nnx.Param(init(rngs.params(), (*stack, inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((*stack, outputs))) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        """x (..., in) -> (..., out) in the dtype of x."""
+        y = jnp.dot(x, self.kernel[...].astype(x.dtype))
+        if self.bias is None:
+            return y
+        return y + expand_like(self.bias[...].astype(x.dtype), y)
+
+
+class Embedder(nnx.Module):
+    """A two-layer MLP with SiLU between: times, pooled text and guidance enter through one each."""
+
+    def __init__(self, inputs: int, width: int, *, rngs: nnx.Rngs):
+        self.up = Linear(inputs, width, rngs=rngs, init=NORMAL)
+        self.down = Linear(width, width, rngs=rngs, init=NORMAL)
+
+    def __call__(self, x: Array) -> Array:
+        """x (b, in) -> (b, d)."""
+        return self.down(jax.nn.silu(self.up(x)))
+
+
+class AffineNorm(nnx.Module):
+    """LayerNorm with a learned scale and bias, possibly a stack of layers."""
+
+    def __init__(self, width: int, *, layers: int):
+        self.scale = nnx.Param(jnp.ones((layers, width)))
+        self.bias = nnx.Param(jnp.zeros((layers, width)))
+
+    def __call__(self, x: Array) -> Array:
+        """x (..., d) -> (..., d)."""
+        y = layer_norm(x) * expand_like(self.scale[...].astype(x.dtype), x)
+        return y + expand_like(self.bias[...].astype(x.dtype), x)
+
+
+def layer_norm(x: Array) -> Array:
+    """LayerNorm over the last axis without learned parameters, computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + EPSILON)
+    return y.astype(x.dtype)
+
+
+def rms_norm(x: Array, scale: Array) -> Array:
+    """RMS norm over the last axis, computed in float32; `scale` has the rank of x."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + EPSILON)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
+    """x (b, j, d) * (1 + scale) + shift with shift and scale (b, d)."""
+    return x * (1 + scale[:, None, :]) + shift[:, None, :]
+
+
+def time_features(values: Times, width: int) -> Float[Array, "b width"]:
+    """Sinusoids of `values` (b,): cosines first, then sines, at periods from 2 pi to 20000 pi."""
+    half = width // 2
+    # exponents rounded to float32 as in the published network: at 1000 guidance = 6000 it shows
+    exponents = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = values.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+
+
+def rope_tables(
+    grid: tuple[int, int, int], axes: tuple[int, int, int], theta: float, *, text: int
+) -> tuple[Float[Array, "j k"], Float[Array, "j k"]]:
+    """Cosine and signed sine tables for a grid of video tokens followed by `text` tokens that are not rotated.
+
+    Args:
+      grid: patches along frames, height and width; token order is row-major.
+      axes: head dims given to each axis (their sum is the head width); each must be even.
+      theta: RoPE base; pair p of an axis with a dims turns by position * theta^(-2p / a).
+      text: the number of tokens after the video tokens.
+    """
+    angles = []
+    for axis, (size, dims) in enumerate(zip(grid, axes)):
+        turns = np.outer(np.arange(size), theta ** (-np.arange(0, dims, 2) / dims))  # (size, dims / 2)
+        shape = [1, 1, 1, dims // 2]
+        shape[axis] = size
+        angles.append(turns.reshape(shape))
+
+    def table(function: Callable[[np.ndarray], np.ndarray], rest: float) -> Array:
+        # only the small per-axis tables are constants of the program; the grid is spread inside it
+        parts = [jnp.broadcast_to(function(a).astype(np.float32), (*grid, a.shape[-1])) for a in angles]
+        video = jnp.concatenate(parts, -1).reshape(math.prod(grid), -1)
+        return jnp.concatenate([video, jnp.full((text, video.shape[1]), rest)])
+
+    cos, sin = table(np.cos, 1.0), table(np.sin, 0.0)
+    return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotates the pairs (i, i + k/2) of x (..., k); `cos` and the signed `sin` broadcast against x."""
+    y = x.astype(jnp.float32)
+    half = x.shape[-1] // 2
+    swapped = jnp.concatenate([y[..., half:], y[..., :half]], -1)
+    return (y * cos + swapped * sin).astype(x.dtype)
+
+
+def _attention_xla(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Spelled out: on CPU this is faster than the fused call, and small sequences need no flash attention."""
+    scores = jnp.einsum("binx,bjnx->bnij", q * (q.shape[-1] ** -0.5), k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None, :], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bnij,bjnx->binx", weights, v)
+
+
+def _attention_jax(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
+
+
+ATTENTION: dict[str, Callable[[Array, Array, Array, Array], Array]] = {"xla": _attention_xla, "jax": _attention_jax}
+
+
+def attention(
+    q: Float[Array, "b j n k"],
+    k: Float[Array, "b j n k"],
+    v: Float[Array, "b j n k"],
+    mask: Bool[Array, "b j"],
+    *,
+    backend: str = "xla",
+) -> Float[Array, "b j n*k"]:
+    """softmax(q k^T / sqrt(k)) v over the keys where `mask` is true; heads joined on the last axis."""
+    out = ATTENTION[backend](q, k, v, mask)
+    return out.reshape(*out.shape[:2], -1)
+
+
+def patchify(x: Latents, patch: tuple[int, int, int]) -> Float[Array, "b l patch_values"]:
+    """Latents (b, f, h, w, c) -> tokens (b, l, pt * ph * pw * c), row-major over frames, height, width.
+
+    Raises:
+      UserError: a side is not a multiple of the patch.
+    """
+    b, *sides, c = x.shape
+    if any(side % p for side, p in zip(sides, patch)):
+        raise UserError(f"latents of {tuple(sides)} frames, rows, columns don't divide into patches of {tuple(patch)}")
+    (f, h, w), (pt, ph, pw) = (tuple(side // p for side, p in zip(sides, patch)), patch)
+    x = x.reshape(b, f, pt, h, ph, w, pw, c).transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    return x.reshape(b, f * h * w, pt * ph * pw * c)
+
+
+def unpatchify(tokens: Array, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Latents:
+    """The inverse of `patchify` for a grid of (frames, height, width) patches."""
+    b = tokens.shape[0]
+    (f, h, w), (pt, ph, pw) = grid, patch
+    x = tokens.reshape(b, f, h, w, pt, ph, pw, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(b, f * pt, h * ph, w * pw, -1)

@@ -1,0 +1,402 @@
+"""The denoising network: HunyuanVideo's multi-modal diffusion transformer (arXiv 2412.03603; Magic 1-For-1 sec. 3).
+
+inputs (b, f, h, w, in_channels), t (b,), text (b, s, e), pooled (b, p)  ->  (b, f, h, w, out_channels)
+
+    c     = MLP(sinusoid(1000 t)) + MLP(pooled) [+ MLP(sinusoid(1000 guidance))]
+    text  = token refiner(text)                      image tokens first, then text tokens
+    video = linear(patches)
+    double blocks: video and text keep their own weights and meet in joint attention
+    single blocks: both in one stream, attention and MLP in parallel from one norm
+    out   = unpatchify(linear(modulated norm(video)))
+
+Blocks of a kind are stacked on a leading layer axis and scanned, so compile time does not grow with depth. Every
+modulation is (shift, scale, gate) in that order and starts at zero, as does the output layer: a fresh network
+predicts 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from magic141_jax.diffusion import conditioning as conditioning_lib
+from magic141_jax.diffusion import flow
+from magic141_jax.errors import UserError
+from magic141_jax.models import layers as nn
+from magic141_jax.models.network import Network
+from magic141_jax.pytree import Params
+from magic141_jax.shapes import Latents, Pooled, Times, TokenMask, Tokens
+
+TIME_SCALE = 1000.0
+REFINER_MLP_RATIO = 4  # the published layout has no setting for it
+
+
+@dataclasses.dataclass(frozen=True)
+class MMDiTConfig:
+    """Sizes and run-time choices of an `MMDiT`; the defaults are the published 13B image-to-video layout.
+
+    Attributes:
+      in_channels: noisy latents, plus known latents and their mask (2c + 1) where the network is conditioned on them.
+      patch: latent values joined into a token along frames, height and width.
+      width: d; normally heads * head_width, though pruned networks may have fewer heads.
+      mlp_ratio: MLP width over d.
+      rope_axes: head dims rotated by the frame, row and column position; they sum to head_width.
+      guidance_embedding: whether the guidance scale is an input (a guidance-distilled network).
+      prediction: what the output means: the velocity, or the clean sample x0.
+      remat: what the backward pass recomputes in each block: nothing, all of it, or all but matrix products.
+      compute_dtype: dtype of activations; parameters stay as given.
+    """
+
+    in_channels: int = 33
+    out_channels: int = 16
+    patch: tuple[int, int, int] = (1, 2, 2)
+    width: int = 3072
+    heads: int = 24
+    head_width: int = 128
+    double_blocks: int = 20
+    single_blocks: int = 40
+    refiner_blocks: int = 2
+    mlp_ratio: float = 4.0
+    rope_axes: tuple[int, int, int] = (16, 56, 56)
+    rope_theta: float = 256.0
+    text_width: int = 4096
+    pooled_width: int = 768
+    time_features: int = 256
+    guidance_embedding: bool = False
+    prediction: Literal["velocity", "sample"] = "velocity"
+    remat: Literal["none", "full", "dots"] = "none"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["xla", "jax"] = "xla"
+
+    def __post_init__(self):
+        if sum(self.rope_axes) != self.head_width or any(a % 2 for a in self.rope_axes):
+            raise UserError(f"rope_axes {self.rope_axes} must be even and sum to head_width {self.head_width}")
+
+    @property
+    def mlp_width(self) -> int:
+        """m, the hidden width of the MLPs."""
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def known_latents(self) -> bool:
+        """Whether known latents and their mask join the noisy latents on the channel axis."""
+        return self.in_channels != self.out_channels
+
+
+def hunyuan_13b() -> MMDiTConfig:
+    """The published image-to-video network (12.8 B parameters)."""
+    return MMDiTConfig(remat="full", compute_dtype="bfloat16", attention="jax")
+
+
+def emoji() -> MMDiTConfig:
+    """The embedded default at 64x64 pixels."""
+    return MMDiTConfig(
+        width=256,
+        heads=4,
+        head_width=64,
+        double_blocks=2,
+        single_blocks=4,
+        refiner_blocks=1,
+        rope_axes=(16, 24, 24),
+        text_width=384,
+        pooled_width=384,
+    )
+
+
+def debug() -> MMDiTConfig:
+    """A few thousand parameters, for tests."""
+    return MMDiTConfig(
+        in_channels=9,
+        out_channels=4,
+        width=16,
+        heads=2,
+        head_width=8,
+        double_blocks=1,
+        single_blocks=1,
+        refiner_blocks=1,
+        mlp_ratio=2.0,
+        rope_axes=(4, 2, 2),
+        text_width=12,
+        pooled_width=12,
+        time_features=16,
+    )
+
+
+SIZES: dict[str, Callable[[], MMDiTConfig]] = {"emoji": emoji, "hunyuan_13b": hunyuan_13b, "debug": debug}
+
+# (regex on the dotted path, mesh axes of the array); a leading None is the layer axis of stacked blocks
+SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"blocks\..*(qkv|mlp_up|modulation|gates)\.kernel", (None, "fsdp", "tensor")),
+    (r"blocks\..*(attention_out|mlp_down)\.kernel", (None, "tensor", "fsdp")),
+    (r"blocks\..*(qkv|mlp_up)\.bias", (None, "tensor")),
+    (r"blocks\.", ()),
+    (r"\.up\.kernel", ("fsdp", "tensor")),
+    (r"\.down\.kernel", ("tensor", "fsdp")),
+    (r"patch_out\.kernel", ("fsdp", None)),
+    (r"(patch_in|project)\.kernel", (None, "fsdp")),
+    (r"modulation_out\.kernel", ("fsdp", "tensor")),
+)
+
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda body: body,
+    "full": functools.partial(jax.checkpoint, prevent_cse=False),
+    "dots": functools.partial(
+        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every block of a forward pass sees: silu(c) (b, d), RoPE tables (1, j, 1, 1, k) and the key mask (b, j)."""
+
+    vector: Array
+    cos: Array
+    sin: Array
+    mask: Array
+
+
+class Stream(nnx.Module):
+    """The weights of one token stream in a stack of blocks: modulation, attention and MLP."""
+
+    def __init__(self, config: MMDiTConfig, layers: int, modulations: int, *, rngs: nnx.Rngs, bias: bool = True):
+        self.config = config
+        inner = config.heads * config.head_width
+        linear = functools.partial(nn.Linear, layers=layers, rngs=rngs)
+        self.modulation = linear(config.width, modulations * config.width, init=nn.ZEROS)
+        self.qkv = linear(config.width, 3 * inner)
+        self.qk_scale = nnx.Param(jnp.ones((layers, 2, config.head_width)))
+        self.attention_out = linear(inner, config.width, bias=bias)
+        self.mlp_up = linear(config.width, config.mlp_width)
+        self.mlp_down = linear(config.mlp_width, config.width)
+
+    def modulations(self, vector: Array) -> list[Array]:
+        """silu(c) (b, d) -> the shifts, scales and gates of this stream, (b, d) each."""
+        return jnp.split(self.modulation(vector), self.modulation.bias.shape[-1] // self.config.width, axis=-1)
+
+    def project(self, x: Array) -> tuple[Array, Array]:
+        """x (b, j, d) -> normed q and k (b, j, n, 2, k), and v (b, j, n, k)."""
+        qkv = self.qkv(x).reshape(*x.shape[:2], self.config.heads, 3, self.config.head_width)
+        return nn.rms_norm(qkv[..., :2, :], self.qk_scale[...][None, None, None]), qkv[..., 2, :]
+
+    def mlp(self, x: Array) -> Array:
+        """x (b, j, d) -> (b, j, d)."""
+        return self.mlp_down(jax.nn.gelu(self.mlp_up(x), approximate=True))
+
+    def attend(self, qk: Array, v: Array, context: Context) -> Array:
+        """Joint attention over j tokens: q and k (b, j, n, 2, k), v (b, j, n, k) -> (b, j, n * k)."""
+        qk = nn.rotate(qk, context.cos, context.sin)
+        return nn.attention(qk[..., 0, :], qk[..., 1, :], v, context.mask, backend=self.config.attention)
+
+
+class DoubleBlocks(nnx.Module):
+    """Stacked double-stream blocks: separate weights for video and text, joint attention."""
+
+    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
+        self.video = Stream(config, config.double_blocks, 6, rngs=rngs)
+        self.text = Stream(config, config.double_blocks, 6, rngs=rngs)
+
+    def __call__(self, tokens: tuple[Array, Array], context: Context) -> tuple[Array, Array]:
+        """One block: (video (b, l, d), text (b, s, d)) -> the same."""
+        streams = (self.video, self.text)
+        parts = [stream.modulations(context.vector) for stream in streams]
+        projected = [
+            stream.project(nn.modulate(nn.layer_norm(x), p[0], p[1])) for stream, x, p in zip(streams, tokens, parts)
+        ]
+        qk, v = (jnp.concatenate(pair, axis=1) for pair in zip(*projected))
+        attended = self.video.attend(qk, v, context)
+        split = tokens[0].shape[1]
+        out = []
+        for stream, x, a, p in zip(streams, tokens, (attended[:, :split], attended[:, split:]), parts):
+            _, _, gate, mlp_shift, mlp_scale, mlp_gate = p
+            x = x + gate[:, None] * stream.attention_out(a)
+            out.append(x + mlp_gate[:, None] * stream.mlp(nn.modulate(nn.layer_norm(x), mlp_shift, mlp_scale)))
+        return out[0], out[1]
+
+
+class SingleBlocks(nnx.Module):
+    """Stacked single-stream blocks: attention and MLP in parallel from one norm.
+
+    The published output matrix over concat[attention, mlp] is kept as its two parts, which saves the concatenation;
+    their one bias is that of `mlp_down`.
+    """
+
+    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
+        self.joint = Stream(config, config.single_blocks, 3, rngs=rngs, bias=False)
+
+    def __call__(self, x: Array, context: Context) -> Array:
+        """One block: video then text tokens (b, j, d) -> the same."""
+        shift, scale, gate = self.joint.modulations(context.vector)
+        y = nn.modulate(nn.layer_norm(x), shift, scale)
+        attended = self.joint.attend(*self.joint.project(y), context)
+        return x + gate[:, None] * (self.joint.attention_out(attended) + self.joint.mlp(y))
+
+
+class RefinerBlocks(nnx.Module):
+    """Stacked token-refiner blocks: plain self-attention without RoPE, only the gates depend on the condition."""
+
+    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        d, inner = config.width, config.heads * config.head_width
+        linear = functools.partial(nn.Linear, layers=config.refiner_blocks, rngs=rngs)
+        self.gates = linear(d, 2 * d, init=nn.ZEROS)
+        self.norm_1 = nn.AffineNorm(d, layers=config.refiner_blocks)
+        self.qkv = linear(d, 3 * inner)
+        self.attention_out = linear(inner, d)
+        self.norm_2 = nn.AffineNorm(d, layers=config.refiner_blocks)
+        self.mlp_up = linear(d, REFINER_MLP_RATIO * d)
+        self.mlp_down = linear(REFINER_MLP_RATIO * d, d)
+
+    def __call__(self, x: Array, vector: Array, mask: Array) -> Array:
+        """One block: x (b, s, d) with silu of its condition (b, d) and key mask (b, s)."""
+        gate, mlp_gate = jnp.split(self.gates(vector)[:, None], 2, axis=-1)
+        qkv = self.qkv(self.norm_1(x)).reshape(*x.shape[:2], self.config.heads, 3, self.config.head_width)
+        q, k, v = (qkv[..., i, :] for i in range(3))
+        x = x + gate * self.attention_out(nn.attention(q, k, v, mask, backend=self.config.attention))
+        return x + mlp_gate * self.mlp_down(jax.nn.silu(self.mlp_up(self.norm_2(x))))
+
+
+class TokenRefiner(nnx.Module):
+    """Text tokens of the encoder -> text tokens of the transformer, aware of the time and of the whole prompt."""
+
+    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.time = nn.Embedder(config.time_features, config.width, rngs=rngs)
+        self.pooled = nn.Embedder(config.text_width, config.width, rngs=rngs)
+        self.project = nn.Linear(config.text_width, config.width, rngs=rngs)
+        self.blocks = RefinerBlocks(config, rngs=rngs)
+
+    def __call__(self, text: Tokens, mask: TokenMask, features: Array) -> Float[Array, "b s d"]:
+        """`features` (b, time_features) are the sinusoids of the time; padded rows come out as garbage."""
+        weights = mask.astype(text.dtype)[:, :, None]
+        mean = (text * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
+        vector = jax.nn.silu(self.time(features) + self.pooled(mean))
+        run = functools.partial(_block, vector=vector, mask=mask)
+        tokens, _ = _scan(self.blocks, self.project(text), run, self.config.remat)
+        return tokens
+
+
+def _block(block: Callable, x: Any, **context: Any) -> Any:
+    return block(x, **context)
+
+
+def _scan(blocks: nnx.Module, carry: Any, run: Callable, remat: str, *, collect: bool = False) -> tuple[Any, Any]:
+    """Runs `carry = run(block, carry)` over the stacked blocks; `collect` also returns every block's output."""
+    graphdef, state = nnx.split(blocks)
+
+    def body(carry: Any, layer: Any) -> tuple[Any, Any]:
+        carry = run(nnx.merge(graphdef, layer), carry)
+        return carry, carry if collect else None
+
+    return jax.lax.scan(REMAT[remat](body), carry, state)
+
+
+class MMDiT(nnx.Module):
+    """The multi-modal diffusion transformer; see the module's docstring."""
+
+    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        d, patch_values = config.width, config.patch[0] * config.patch[1] * config.patch[2]
+        self.patch_in = nn.Linear(patch_values * config.in_channels, d, rngs=rngs)
+        self.time_in = nn.Embedder(config.time_features, d, rngs=rngs)
+        self.pooled_in = nn.Embedder(config.pooled_width, d, rngs=rngs)
+        self.guidance_in = nn.Embedder(config.time_features, d, rngs=rngs) if config.guidance_embedding else None
+        self.text_in = TokenRefiner(config, rngs=rngs)
+        self.double_blocks = DoubleBlocks(config, rngs=rngs)
+        self.single_blocks = SingleBlocks(config, rngs=rngs)
+        self.modulation_out = nn.Linear(d, 2 * d, rngs=rngs, init=nn.ZEROS)
+        self.patch_out = nn.Linear(d, patch_values * config.out_channels, rngs=rngs, init=nn.ZEROS)
+
+    def __call__(
+        self,
+        inputs: Latents,
+        t: Times,
+        text: Tokens,
+        text_mask: TokenMask,
+        pooled: Pooled,
+        *,
+        guidance: Times | None = None,
+        intermediates: bool = False,
+    ) -> Latents | tuple[Latents, dict[str, Array]]:
+        """The network's prediction at times t in [0, 1] (1 = noise), float32.
+
+        Args:
+          inputs: noisy latents, with known latents and mask on the channel axis where the config has them.
+          t: (b,) times; scaled by 1000 here.
+          text: image tokens first, then text tokens.
+          text_mask: true where a row of `text` counts; padded rows may hold anything finite.
+          pooled: one vector for the prompt.
+          guidance: (b,) guidance scales, exactly where the config has `guidance_embedding`.
+          intermediates: also return every block's output, stacked over layers, by name.
+
+        Raises:
+          UserError: sides not divisible by the patch, wrong channel count, or guidance missing or superfluous.
+        """
+        config = self.config
+        if inputs.shape[-1] != config.in_channels:
+            raise UserError(f"the network takes {config.in_channels} input channels, got {inputs.shape[-1]}")
+        dtype = jnp.dtype(config.compute_dtype)
+        grid = tuple(side // p for side, p in zip(inputs.shape[1:4], config.patch))
+        features = nn.time_features(TIME_SCALE * t, config.time_features)
+        condition = self._condition(features, pooled, guidance)
+        video = self.patch_in(nn.patchify(inputs.astype(dtype), config.patch))
+        words = self.text_in(text.astype(dtype), _never_empty(text_mask), features.astype(dtype))
+
+        cos, sin = nn.rope_tables(grid, config.rope_axes, config.rope_theta, text=text.shape[1])
+        mask = jnp.concatenate([jnp.ones(video.shape[:2], bool), text_mask.astype(bool)], axis=1)
+        vector = jax.nn.silu(condition).astype(dtype)
+        context = Context(vector, cos[None, :, None, None], sin[None, :, None, None], mask)
+        run = functools.partial(_block, context=context)
+        doubles = (video, words)
+        doubles, double_outputs = _scan(self.double_blocks, doubles, run, config.remat, collect=intermediates)
+        joint = jnp.concatenate(doubles, axis=1)
+        joint, single_outputs = _scan(self.single_blocks, joint, run, config.remat, collect=intermediates)
+
+        shift, scale = jnp.split(self.modulation_out(vector), 2, axis=-1)
+        last = nn.modulate(nn.layer_norm(joint[:, : video.shape[1]]), shift, scale)
+        out = nn.unpatchify(self.patch_out(last).astype(jnp.float32), grid, config.patch)
+        if not intermediates:
+            return out
+        names = {"condition": condition, "patch_in": video, "text_in": words, "single_blocks": single_outputs}
+        return out, names | {"double_blocks.video": double_outputs[0], "double_blocks.text": double_outputs[1]}
+
+    def _condition(self, features: Array, pooled: Array, guidance: Array | None) -> Float[Array, "b d"]:
+        """The vector that modulates every block, in float32: it is cheap and everything hangs on it."""
+        if (guidance is not None) != self.config.guidance_embedding:
+            raise UserError(
+                f"guidance is {'missing' if guidance is None else 'given'}, but the config's guidance_embedding "
+                f"is {self.config.guidance_embedding}"
+            )
+        condition = self.time_in(features) + self.pooled_in(pooled.astype(jnp.float32))
+        if guidance is not None:
+            condition += self.guidance_in(nn.time_features(TIME_SCALE * guidance, self.config.time_features))
+        return condition
+
+
+def _never_empty(mask: Array) -> Array:
+    """The mask (b, s) with column 0 opened in rows that have no token at all, so that softmax has a key."""
+    first = jnp.arange(mask.shape[1])[None, :] == 0
+    return mask.astype(bool) | (first & ~mask.any(axis=1, keepdims=True))
+
+
+def velocity_fn(network: Network, params: Params, *, guidance: float | None = None) -> Callable[..., Latents]:
+    """The seam to `diffusion/`: velocity(x (b, f, h, w, c), t (b,), conditioning) -> v of x's shape.
+
+    `guidance` is the scale handed to a network with a guidance embedding.
+    """
+    config = network.config
+
+    def velocity(x: Latents, t: Times, cond: conditioning_lib.Conditioning) -> Latents:
+        inputs = conditioning_lib.model_input(x, cond) if config.known_latents else x
+        scale = None if guidance is None else jnp.full(t.shape, guidance, jnp.float32)
+        out = network(params, inputs, t, cond.text, cond.text_mask, cond.pooled, guidance=scale)
+        return flow.velocity_from_sample(x, t, out) if config.prediction == "sample" else out
+
+    return velocity
