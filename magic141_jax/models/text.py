@@ -1,0 +1,191 @@
+"""Text encoders: prompts -> token states (b, s, e), a mask, and one pooled vector (b, p).
+
+`TextEncoder` is what pipelines and the latent cache ask for. The embedded default fills it with all-MiniLM-L6-v2, a
+six-layer BERT (arXiv 1810.04805, distilled as in arXiv 2002.10957): the network attends to its TOKEN states, because
+the pooled vector nearly erases single words such as "left" and "right"; the pooled vector (masked mean over tokens)
+only joins the timestep embedding (arXiv 2502.07701, figure 3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tokenizers import Encoding, Tokenizer
+
+from magic141_jax import settings, weights
+from magic141_jax.errors import UserError
+from magic141_jax.models import encoder
+from magic141_jax.models.encoder import Encoder, EncoderConfig, layer_norm
+from magic141_jax.models.network import Network
+from magic141_jax.pytree import Params, cast, require_match
+from magic141_jax.shapes import Pooled, TokenIds, TokenMask, Tokens
+
+MAX_BATCH = 64
+
+SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    *encoder.SHARDING_RULES,
+    (r"^(word|position|token_type)\.embedding$", (None, "fsdp")),
+    (r"^norm\.(scale|bias)$", (None,)),
+)
+
+
+class TextStates(NamedTuple):
+    """What a text encoder returns, padded to its fixed length.
+
+    states: (b, s, e) float32, zero where `mask` is False; mask: (b, s) bool; pooled: (b, p) float32.
+    """
+
+    states: Tokens
+    mask: TokenMask
+    pooled: Pooled
+
+
+class TextEncoder(Protocol):
+    """Prompts in, conditioning out. `length` is s, `width` is e and `pooled_width` is p of `TextStates`."""
+
+    length: int
+    width: int
+    pooled_width: int
+
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        """Encodes each prompt, padded or truncated to `length` tokens; warns when a prompt is truncated."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Sizes of a BERT encoder; `length` is the padded prompt length in tokens, special tokens included."""
+
+    vocabulary: int = 30522
+    positions: int = 512
+    token_types: int = 2
+    width: int = 384
+    layers: int = 6
+    heads: int = 12
+    mlp: int = 1536
+    epsilon: float = 1e-12
+    length: int = 24
+    pooling: Literal["mean"] = "mean"
+
+    def __post_init__(self) -> None:
+        if not 3 <= self.length <= self.positions:
+            raise UserError(f"a text length of {self.length} tokens: it must lie in 3..{self.positions}")
+
+
+class Bert(nnx.Module):
+    """BERT: word + position + segment embeddings, then post-norm transformer layers. Segment is always 0."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs) -> None:
+        width = config.width
+        self.word = nnx.Embed(config.vocabulary, width, rngs=rngs)
+        self.position = nnx.Embed(config.positions, width, rngs=rngs)
+        self.token_type = nnx.Embed(config.token_types, width, rngs=rngs)
+        self.norm = layer_norm(width, config.epsilon, rngs=rngs)
+        layers = EncoderConfig(
+            layers=config.layers,
+            width=width,
+            heads=config.heads,
+            mlp=config.mlp,
+            pre_norm=False,
+            epsilon=config.epsilon,
+        )
+        self.encoder = Encoder(layers, rngs=rngs)
+
+    def __call__(self, ids: TokenIds, mask: TokenMask) -> tuple[Tokens, Pooled]:
+        """Token ids and their mask -> token states (b, s, e), zero at padding, and their mean (b, e)."""
+        places = self.position(jnp.arange(ids.shape[1])) + self.token_type(jnp.zeros((1,), jnp.int32))
+        states = self.encoder(self.norm(self.word(ids) + places[None]), mask)
+        states = jnp.where(mask[..., None], states, 0)
+        counts = jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+        return states, states.sum(axis=1) / counts
+
+
+class MiniLMTextEncoder:
+    """A `TextEncoder` from a BERT network, its parameters and its tokenizer."""
+
+    def __init__(self, config: BertConfig, params: Params, tokenizer: Tokenizer) -> None:
+        network = Network.create(Bert, config)
+        require_match(params, network.abstract_params, what="the text encoder")
+        if tokenizer.get_vocab_size() > config.vocabulary:
+            raise UserError(
+                f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the text encoder knows "
+                f"{config.vocabulary}; take both files from the same model"
+            )
+        pad = "[PAD]"
+        if tokenizer.token_to_id(pad) is None:
+            raise UserError(f"the tokenizer has no {pad} token; a BERT tokenizer.json is needed")
+        tokenizer.enable_truncation(config.length)
+        tokenizer.enable_padding(length=config.length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+        self.length, self.width, self.pooled_width = config.length, config.width, config.width
+        self.tokenizer = tokenizer
+        self.params = params
+        self._apply = jax.jit(network.__call__)
+
+    @classmethod
+    def from_folder(cls, folder: Path, length: int | None = None) -> MiniLMTextEncoder:
+        """Reads config.json, model.safetensors and tokenizer.json; `length` overrides the config's.
+
+        Raises:
+          UserError: a file is missing, damaged, or doesn't fit the others.
+        """
+        folder = Path(folder)
+        mapping, params = weights.load(folder)
+        if mapping.pop("model", None) != "bert":
+            raise UserError(f'{folder / "config.json"} is not of a BERT text encoder (its "model" must be "bert")')
+        config = settings.build(BertConfig, mapping, where="text_encoder")
+        if length is not None:
+            config = dataclasses.replace(config, length=length)
+        return cls(config, cast(params, jnp.float32), read_tokenizer(folder / "tokenizer.json"))
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts -> token ids (b, s) int32 and mask (b, s) bool; warns about every truncated prompt."""
+        encodings = self.tokenizer.encode_batch(list(prompts))
+        for prompt, encoding in zip(prompts, encodings, strict=True):
+            _warn_if_truncated(prompt, encoding, self.length)
+        ids = np.array([e.ids for e in encodings], np.int32)
+        return ids, np.array([e.attention_mask for e in encodings], bool)
+
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        """Encodes each prompt; see `TextEncoder.encode`.
+
+        Batches are padded to a power of two, at most `MAX_BATCH`, so that few sizes are ever compiled.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise UserError("encode takes a non-empty list of prompts")
+        ids, mask = self.tokenize(prompts)
+        states, pooled = [], []
+        for start in range(0, len(ids), MAX_BATCH):
+            count = min(len(ids) - start, MAX_BATCH)
+            rows = np.arange(1 << (count - 1).bit_length()) % count + start
+            made = self._apply(self.params, ids[rows], mask[rows])
+            states.append(made[0][:count])
+            pooled.append(made[1][:count])
+        return TextStates(jnp.concatenate(states), jnp.asarray(mask), jnp.concatenate(pooled))
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    """Reads a tokenizer.json; raises `UserError` when it is missing or damaged."""
+    if not Path(file).is_file():
+        raise UserError(f"no file {file}; the text encoder needs its tokenizer beside its weights")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"can't read {file}: {error}; the file is damaged, copy it again") from None
+
+
+def _warn_if_truncated(prompt: str, encoding: Encoding, length: int) -> None:
+    if encoding.overflowing:
+        ends = [end for (_, end), special in zip(encoding.offsets, encoding.special_tokens_mask) if not special]
+        kept = max(ends, default=0)
+        warnings.warn(
+            f"the prompt is longer than {length} tokens; this part of it was dropped: {prompt[kept:].strip()!r}",
+            stacklevel=4,
+        )
