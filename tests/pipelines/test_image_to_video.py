@@ -17,7 +17,7 @@ def test_the_first_latent_frame_is_the_image_s(pipeline, image):
     made = pipeline.image_to_video("a cat moves left", image=image, seed=1)
     network, params = pipeline.components.vae
     latents = network(params, jnp.asarray(image)[None, None], method="encode_latents")
-    np.testing.assert_allclose(made.latents[:, :1], latents, atol=1e-6)
+    np.testing.assert_allclose(made.latents[:, :1], latents, atol=1e-4)
     np.testing.assert_array_equal(made.images[0], image)
     assert made.frames.shape == (1, 9, 32, 32, 3)
 
