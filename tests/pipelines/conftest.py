@@ -1,0 +1,79 @@
+"""Tiny random weights in the real folder layout, and the pipelines over them."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from magic141_jax import settings, weights
+from magic141_jax.models import MODELS, mmdit
+from magic141_jax.models.network import Network
+from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
+from magic141_jax.pytree import flatten, unflatten
+
+WORDS = ["a", "red", "blue", "shark", "cat", "moves", "left", "right", "on", "the", "background"]
+SAMPLING = {
+    "height": 32,
+    "width": 32,
+    "num_frames": 9,
+    "fps": 8,
+    "num_inference_steps": 2,
+    "guidance_scale": 1.0,
+    "shift": 3.0,
+    "sampler": "euler",
+    "overlap_latents": 1,
+    "history_noise": 0.1,
+}
+CONFIGS = {
+    "transformer": ("mmdit", settings.to_dict(mmdit.debug())),
+    "vae": ("patch_vae", {"latent_channels": 4}),
+    "text_encoder": (
+        "bert",
+        {"vocabulary": 20, "positions": 16, "width": 12, "layers": 1, "heads": 2, "mlp": 24, "length": 12},
+    ),
+    "image_encoder": (
+        "image_encoder",
+        {"patch": 8, "width": 8, "layers": 1, "heads": 1, "mlp": 16, "text_width": 12},
+    ),
+}
+
+
+def random_params(network, seed):
+    """Random parameters without any initial zero, which would silence a branch; drawn without compiling anything."""
+    generator = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        values = generator.normal(0, leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 0.1, leaf.shape)
+        return (values + path.endswith("scale")).astype(np.float32)
+
+    return unflatten({path: draw(path, leaf) for path, leaf in flatten(network.abstract_params).items()})
+
+
+def write_tokenizer(path):
+    tokenizer = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}, "[UNK]")
+    )
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.save(str(path))
+
+
+@pytest.fixture(scope="session")
+def weights_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    folder.mkdir()
+    for seed, (name, (kind, config)) in enumerate(CONFIGS.items()):
+        config_class, module = MODELS[kind]
+        network = Network.create(module, settings.build(config_class, config))
+        stored = {"model": kind, **settings.to_dict(network.config)}
+        weights.save(folder / name, stored, random_params(network, seed), storage="bfloat16")
+    write_tokenizer(folder / "text_encoder" / "tokenizer.json")
+    (folder / "model_index.json").write_text(json.dumps({"format": 1, "sampling": SAMPLING}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline(weights_folder):
+    return TextToVideoPipeline.from_pretrained(weights_folder)
