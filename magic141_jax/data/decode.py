@@ -47,6 +47,8 @@ def open_image(path: Path) -> Image.Image:
             return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise BadClip(path, "no such file") from None
+    except BadClip:
+        raise
     except UnidentifiedImageError:
         raise BadClip(path, "not a picture") from None
     except Image.DecompressionBombError:
@@ -152,6 +154,8 @@ def _animation(path: Path) -> Iterator[Shown]:
                 until = begin + (frame.info.get("duration") or 100) / 1000
                 yield begin, until, lambda picture=picture: picture
                 begin = until
+    except BadClip:
+        raise
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise BadClip(path, "unreadable video", error) from None
 
@@ -173,9 +177,9 @@ def _video(path: Path, start: float) -> Iterator[Shown]:
             for frame in container.decode(stream):
                 begin = begin + period if frame.time is None else frame.time - zero
                 yield begin, begin + period, lambda frame=frame: _upright(frame)
+    except BadClip:
+        raise
     except (av.FFmpegError, OSError, ValueError) as error:
-        if isinstance(error, BadClip):
-            raise
         raise BadClip(path, "unreadable video", getattr(error, "strerror", None) or error) from None
 
 

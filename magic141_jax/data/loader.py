@@ -66,6 +66,8 @@ def batches(
         if not stream.sources or not all(len(source) for source in stream.sources):
             raise UserError(f"the {name} data set is empty")
     plans = [_plan(stream, _derive(seed, number)) for number, stream in enumerate(streams.values())]
+    steps = min(map(len, plans))  # endless either way, but zip wants equal lengths
+    plans = [plan.slice(slice(0, steps)) for plan in plans]
     read = partial(_read, dict(streams), seed=seed, process_index=process_index, process_count=process_count)
     dataset = grain.experimental.ZipMapDataset(plans).map_with_index(read)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)

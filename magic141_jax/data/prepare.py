@@ -156,7 +156,9 @@ def _encoded(
     bucket: str, batch: list[tuple[str, Sample]], encoders: Encoders, report: Report
 ) -> Iterator[tuple[cache.Group, str, dict[str, Any]]]:
     frames = np.stack([sample["frames"] for _, sample in batch])
-    latents = np.asarray(encoders.frames(_padded(frames, encoders.batch_size)))[: len(batch)].astype(np.float16)
+    latents = np.asarray(encoders.frames(_padded(frames, encoders.batch_size)))[: len(batch)]
+    with np.errstate(over="ignore"):  # looked at below, clip by clip
+        latents = latents.astype(np.float16)
     captions = [sample.get("captions") or [sample["caption"]] for _, sample in batch]
     texts = iter(_text_fields(encoders, [caption for several in captions for caption in several]))
     for (name, sample), latent, several in zip(batch, latents, captions, strict=True):

@@ -145,7 +145,9 @@ def _open_tfds(name: str, split: str, data_dir: Path | None) -> Any:
     try:
         return tfds.data_source(name, split=split, data_dir=data_dir and str(data_dir))
     except tfds.core.DatasetNotFoundError:
-        raise UserError(f"tfds has no data set {name!r}.{nearest(name, tfds.list_builders())[:200]}") from None
+        raise UserError(
+            f"tfds has no data set {name!r}.{nearest(name, tfds.list_builders(with_community_datasets=False))[:200]}"
+        ) from None
     except (ImportError, NotImplementedError) as error:
         raise UserError(f"tfds can't give {name!r} without TensorFlow: {error}") from None
     except (ValueError, KeyError, OSError, AssertionError) as error:

@@ -1,1 +1,14 @@
-"""Networks only: each module holds one network beside its config dataclass."""
+"""Networks (Flax NNX), each with its config dataclass beside it."""
+
+from magic141_jax.models.image_encoder import ImageEncoder, ImageEncoderConfig
+from magic141_jax.models.mmdit import MMDiT, MMDiTConfig
+from magic141_jax.models.patch_vae import PatchVAE, PatchVAEConfig
+from magic141_jax.models.text import Bert, BertConfig
+
+# The "model" of a component's config.json -> (its config dataclass, its module)
+MODELS = {
+    "mmdit": (MMDiTConfig, MMDiT),
+    "patch_vae": (PatchVAEConfig, PatchVAE),
+    "bert": (BertConfig, Bert),
+    "image_encoder": (ImageEncoderConfig, ImageEncoder),
+}

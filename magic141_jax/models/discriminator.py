@@ -9,6 +9,7 @@ Each logit judges one patch of one frame; the difference channels let it see fli
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,7 @@ class Discriminator(nnx.Module):
         self.config = config
         sizes = (6, *config.channels)
         self.down = nnx.List(
-            nnx.Conv(i, o, (4, 4), strides=2, padding="SAME", rngs=rngs)
-            for i, o in zip(sizes[:-1], sizes[1:], strict=True)
+            nnx.Conv(i, o, (4, 4), strides=2, padding="SAME", rngs=rngs) for i, o in itertools.pairwise(sizes)
         )
         self.norms = nnx.List(nnx.GroupNorm(o, num_groups=8, rngs=rngs) for o in config.channels)
         self.logits = nnx.Conv(sizes[-1], 1, (3, 3), padding="SAME", rngs=rngs)

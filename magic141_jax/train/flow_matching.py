@@ -46,8 +46,8 @@ class FlowMatchingConfig:
       image_weight, video_weight: weights of the two halves of the batch.
     """
 
-    image_time: TimeDensity = TimeDensity()
-    video_time: TimeDensity = TimeDensity(shift=3.0)
+    image_time: TimeDensity = dataclasses.field(default_factory=TimeDensity)
+    video_time: TimeDensity = dataclasses.field(default_factory=lambda: TimeDensity(shift=3.0))
     known_frames: tuple[float, ...] = (0.0, 0.6, 0.4)
     history_noise_probability: float = 0.5
     history_noise_max: float = 0.2

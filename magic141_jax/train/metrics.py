@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +61,7 @@ class MetricWriter:
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
             temporary = self._path.with_suffix(".tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, self._path)
+            temporary.replace(self._path)
         self._board = SummaryWriter(str(self._board_dir), purge_step=step + 1 if step else None)
         self._bar = tqdm(total=self._steps, initial=step, unit="step", disable=not self._progress, dynamic_ncols=True)
 

@@ -19,9 +19,7 @@ def run(method, points, folder, *, config, callback=None):
     checkpoints, writer = Checkpoints(folder / "checkpoints"), metrics.MetricWriter(folder, steps=20, progress=False)
     step = make_step(method, optimizers)
     try:
-        return loop.fit(
-            step, state, points, config=config, checkpoints=checkpoints, writer=writer, callback=callback
-        )
+        return loop.fit(step, state, points, config=config, checkpoints=checkpoints, writer=writer, callback=callback)
     finally:
         writer.close()
         checkpoints.close()

@@ -43,7 +43,10 @@ def test_clipping_bounds_the_gradient():
 
 
 def test_muon_orthogonalises_each_stacked_matrix():
-    params = {"blocks": {"kernel": jnp.zeros((2, 8, 8)), "bias": jnp.zeros((2, 8))}, "final": {"kernel": jnp.ones((8, 3))}}
+    params = {
+        "blocks": {"kernel": jnp.zeros((2, 8, 8)), "bias": jnp.zeros((2, 8))},
+        "final": {"kernel": jnp.ones((8, 3))},
+    }
     config = optim.OptimizerConfig(name="muon", muon_learning_rate=1.0, weight_decay=0, warmup_steps=0, clip_norm=0)
     make = optim.make(config, 10)
     grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)

@@ -1,0 +1,359 @@
+"""HunyuanVAE: the causal 3D autoencoder of HunyuanVideo, which Magic141 reads and writes (paper section 3.1).
+
+    encode  (b, t, y, x, 3) in [-1, 1] -> mean, logvar (b, f, h, w, 16)    t = 4 (f - 1) + 1, y = 8 h, x = 8 w
+    decode  (b, f, h, w, 16) -> (b, t, y, x, 3)
+
+Convolutions look only at the past (the first frame is repeated in front) and repeat the border in space; the mid
+block attends from each frame to itself and the frames before. The group norms, however, take their statistics over
+all frames of a call, so that the published VAE is causal in its wiring only: encoding a prefix of a clip, or its
+first frame alone, gives slightly other latents than encoding the whole clip.
+
+`HunyuanVAEConfig.tiling` decides how long and large inputs are cut up; its default is diffusers' frame tiling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from magic141_jax.models.tiling import Tiling, tiled_decode, tiled_encode
+from magic141_jax.models.vae import VideoVAE
+from magic141_jax.shapes import Frames, Latents
+
+Stride = tuple[int, int, int]
+ConvForm = Literal["taps", "volume"]
+
+EPSILON = 1e-6
+LOGVAR_RANGE = (-30.0, 20.0)
+
+SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    # Three colours and few latent channels can't be split.
+    (r".*(decoder\.conv_out|encoder\.conv_in|quant)\..*", ()),
+    (r".*(conv1|conv2|conv_in|conv_out|resample)\.kernel", (None, None, None, None, "fsdp")),
+    (r".*\.(shortcut|query|key|value|out)\.kernel", (None, "fsdp")),
+    (r".*\.(bias|scale)", ()),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class HunyuanVAEConfig:
+    """The published sizes by default.
+
+    Attributes:
+      block_out_channels: channels of each level, finest first.
+      layers_per_block: residual blocks of an encoder level; a decoder level has one more.
+      norm_num_groups: groups of every group norm.
+      latent_channels: channels of a latent.
+      latent_mean: subtracted from raw latents before diffusion sees them.
+      latent_std: divides raw latents; the inverse of the published scaling factor.
+      spatial_factor: pixels per latent position, a power of two.
+      temporal_factor: frames per latent frame after the first, a power of two.
+      mid_block_add_attention: whether the mid blocks attend over space and past frames.
+      tiling: how `encode` and `decode` cut up long and large videos.
+    """
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    latent_channels: int = 16
+    latent_mean: float = 0.0
+    latent_std: float = 1 / 0.476986
+    spatial_factor: int = 8
+    temporal_factor: int = 4
+    mid_block_add_attention: bool = True
+    tiling: Tiling = Tiling()
+
+    def __post_init__(self) -> None:
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(f"block_out_channels has {channels}, not a multiple of {self.norm_num_groups} groups")
+        levels = len(self.block_out_channels)
+        for name, most in (("spatial_factor", levels), ("temporal_factor", levels - 1)):
+            factor = getattr(self, name)
+            if factor not in [2**n for n in range(most + 1)]:
+                raise ValueError(f"{name} is {factor}; {levels} levels allow the powers of two up to {2**most}")
+
+    @property
+    def strides(self) -> tuple[Stride, ...]:
+        """The (time, y, x) step of each level; the same list counts down the encoder and up the decoder.
+
+        Space is halved on the first levels, time on the last ones before the final level.
+        """
+        levels = len(self.block_out_channels)
+        spatial, temporal = self.spatial_factor.bit_length() - 1, self.temporal_factor.bit_length() - 1
+        steps = []
+        for level in range(levels):
+            space = 2 if level < spatial else 1
+            time = 2 if levels - 1 - temporal <= level < levels - 1 else 1
+            steps.append((time, space, space))
+        return tuple(steps)
+
+
+def causal_conv3d(x: jax.Array, kernel: jax.Array, *, stride: Stride = (1, 1, 1), form: ConvForm | None = None):
+    """Convolves (b, t, y, x, c) with a kernel (kt, ky, kx, c, o), causally in time, borders repeated.
+
+    The first frame is repeated kt - 1 times in front, the border ky // 2 and kx // 2 times around, so the output
+    has ceil(n / stride) positions on each axis.
+
+    Args:
+      x: the input.
+      kernel: an odd-sized kernel.
+      stride: step in (time, y, x).
+      form: "taps" sums one 2D convolution per temporal tap, "volume" is one 3D convolution. By default "taps" on
+        a CPU, where XLA's 3D convolution is some ten times slower, and "volume" elsewhere. Both give equal results.
+    """
+    form = form or ("taps" if jax.default_backend() == "cpu" else "volume")
+    kt, ky, kx = kernel.shape[:3]
+    space = ((ky // 2, ky // 2), (kx // 2, kx // 2))
+    x = jnp.pad(x, ((0, 0), (kt - 1, 0), *space, (0, 0)), mode="edge")
+    return _CONV_FORMS[form](x, kernel, stride)
+
+
+def _volume(x: jax.Array, kernel: jax.Array, stride: Stride) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, stride, "VALID", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+    )
+
+
+def _taps(x: jax.Array, kernel: jax.Array, stride: Stride) -> jax.Array:
+    b, t, *space, c = x.shape
+    taps = kernel.shape[0]
+    frames = (t - taps) // stride[0] + 1
+    total = None
+    for tap in range(taps):
+        picked = x[:, tap : tap + (frames - 1) * stride[0] + 1 : stride[0]]
+        part = jax.lax.conv_general_dilated(
+            picked.reshape(b * frames, *space, c),
+            kernel[tap],
+            stride[1:],
+            "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        total = part if total is None else total + part
+    return total.reshape(b, frames, *total.shape[1:])
+
+
+_CONV_FORMS = {"taps": _taps, "volume": _volume}
+
+
+def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int) -> jax.Array:
+    """Normalises (b, f, h, w, c) over f, h, w and the channels of each group; float32 inside."""
+    b, *inner, c = x.shape
+    grouped = x.astype(jnp.float32).reshape(b, -1, groups, c // groups)
+    mean = grouped.mean((1, 3), keepdims=True)
+    variance = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
+    normed = ((grouped - mean) * jax.lax.rsqrt(variance + EPSILON)).reshape(b, *inner, c)
+    shape = (1,) * (x.ndim - 1) + (c,)
+    return (normed * scale.reshape(shape) + bias.reshape(shape)).astype(x.dtype)
+
+
+def frame_causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention of one head over (b, f, p, d), p positions a frame: each frame sees itself and those before.
+
+    Works through the query frames one by one, so the scores in memory are (b, p, f p) instead of (b, f p, f p).
+    """
+    b, f, p, d = q.shape
+    k, v = k.reshape(b, f * p, d), v.reshape(b, f * p, d)
+    key_frame = jnp.arange(f * p) // p
+
+    @jax.checkpoint
+    def attend(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        frame, query = inputs
+        scores = jnp.einsum("bpd,bjd->bpj", query, k, preferred_element_type=jnp.float32) * d**-0.5
+        visible = (key_frame <= frame)[None, None, :]
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        return jnp.einsum("bpj,bjd->bpd", weights.astype(v.dtype), v)
+
+    return jnp.moveaxis(jax.lax.map(attend, (jnp.arange(f), jnp.moveaxis(q, 1, 0))), 0, 1)
+
+
+def upsample(x: jax.Array, stride: Stride) -> jax.Array:
+    """Repeats positions (b, t, y, x, c) by `stride`; the first frame stays a single frame."""
+    if stride == (1, 1, 1):
+        return x
+    time, down, across = stride
+    x = jnp.repeat(jnp.repeat(x, down, axis=2), across, axis=3)
+    return jnp.concatenate([x[:, :1], jnp.repeat(x[:, 1:], time, axis=1)], axis=1)
+
+
+class CausalConv3d(nnx.Module):
+    """`causal_conv3d` of 3x3x3 with a bias."""
+
+    def __init__(self, inputs: int, outputs: int, *, stride: Stride = (1, 1, 1), rngs: nnx.Rngs) -> None:
+        self.stride = stride
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (3, 3, 3, inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel, bias = self.kernel[...], self.bias[...]
+        return causal_conv3d(x, kernel, stride=self.stride) + bias.reshape(1, 1, 1, 1, -1)
+
+
+class GroupNorm(nnx.Module):
+    """`group_norm` with learned scale and bias."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        self.groups = groups
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return group_norm(x, self.scale[...], self.bias[...], self.groups)
+
+
+class ResidualBlock(nnx.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a linear shortcut where the width changes."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int, *, rngs: nnx.Rngs) -> None:
+        self.norm1 = GroupNorm(inputs, groups)
+        self.conv1 = CausalConv3d(inputs, outputs, rngs=rngs)
+        self.norm2 = GroupNorm(outputs, groups)
+        self.conv2 = CausalConv3d(outputs, outputs, rngs=rngs)
+        self.shortcut = nnx.Linear(inputs, outputs, rngs=rngs) if inputs != outputs else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.conv1(nnx.silu(self.norm1(x)))
+        y = self.conv2(nnx.silu(self.norm2(y)))
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class FrameAttention(nnx.Module):
+    """Adds single-head `frame_causal_attention` over all positions."""
+
+    def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs) -> None:
+        self.norm = GroupNorm(channels, groups)
+        self.query = nnx.Linear(channels, channels, rngs=rngs)
+        self.key = nnx.Linear(channels, channels, rngs=rngs)
+        self.value = nnx.Linear(channels, channels, rngs=rngs)
+        self.out = nnx.Linear(channels, channels, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, f, h, w, c = x.shape
+        y = self.norm(x).reshape(b, f, h * w, c)
+        y = self.out(frame_causal_attention(self.query(y), self.key(y), self.value(y)))
+        return x + y.reshape(x.shape)
+
+
+class MiddleBlock(nnx.Module):
+    """Residual block, attention, residual block at the coarsest level."""
+
+    def __init__(self, config: HunyuanVAEConfig, *, rngs: nnx.Rngs) -> None:
+        channels, groups = config.block_out_channels[-1], config.norm_num_groups
+        self.first = ResidualBlock(channels, channels, groups, rngs=rngs)
+        self.attention = FrameAttention(channels, groups, rngs=rngs) if config.mid_block_add_attention else None
+        self.second = ResidualBlock(channels, channels, groups, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.first(x)
+        if self.attention is not None:
+            x = self.attention(x)
+        return self.second(x)
+
+
+class Level(nnx.Module):
+    """Residual blocks of one width, then a strided convolution (encoder) or upsampling and one (decoder).
+
+    A level whose stride is 1 everywhere has no resampling convolution.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, blocks: int, *, stride: Stride, up: bool, groups: int, rngs: nnx.Rngs
+    ) -> None:
+        self.up_stride = stride if up else (1, 1, 1)
+        self.blocks = nnx.List(
+            [ResidualBlock(inputs if n == 0 else outputs, outputs, groups, rngs=rngs) for n in range(blocks)]
+        )
+        down = (1, 1, 1) if up else stride
+        resampled = stride != (1, 1, 1)
+        self.resample = CausalConv3d(outputs, outputs, stride=down, rngs=rngs) if resampled else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for block in self.blocks:
+            x = block(x)
+        return x if self.resample is None else self.resample(upsample(x, self.up_stride))
+
+
+class Encoder(nnx.Module):
+    """(b, t, y, x, 3) -> (b, f, h, w, 2 latent_channels)."""
+
+    def __init__(self, config: HunyuanVAEConfig, *, rngs: nnx.Rngs) -> None:
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = CausalConv3d(3, widths[0], rngs=rngs)
+        self.levels = nnx.List(
+            [
+                Level(before, width, config.layers_per_block, stride=stride, up=False, groups=groups, rngs=rngs)
+                for before, width, stride in zip((widths[0], *widths), widths, config.strides)
+            ]
+        )
+        self.middle = MiddleBlock(config, rngs=rngs)
+        self.norm_out = GroupNorm(widths[-1], groups)
+        self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv_in(x)
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(nnx.silu(self.norm_out(self.middle(x))))
+
+
+class Decoder(nnx.Module):
+    """(b, f, h, w, latent_channels) -> (b, t, y, x, 3)."""
+
+    def __init__(self, config: HunyuanVAEConfig, *, rngs: nnx.Rngs) -> None:
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = CausalConv3d(config.latent_channels, widths[0], rngs=rngs)
+        self.middle = MiddleBlock(config, rngs=rngs)
+        self.levels = nnx.List(
+            [
+                Level(before, width, config.layers_per_block + 1, stride=stride, up=True, groups=groups, rngs=rngs)
+                for before, width, stride in zip((widths[0], *widths), widths, config.strides)
+            ]
+        )
+        self.norm_out = GroupNorm(widths[-1], groups)
+        self.conv_out = CausalConv3d(widths[-1], 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.middle(self.conv_in(x))
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(nnx.silu(self.norm_out(x)))
+
+
+class HunyuanVAE(VideoVAE):
+    """The published video autoencoder; see the module's docstring for shapes."""
+
+    def __init__(self, config: HunyuanVAEConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        channels = config.latent_channels
+        self.encoder = Encoder(config, rngs=rngs)
+        self.quant = nnx.Linear(2 * channels, 2 * channels, rngs=rngs)
+        self.post_quant = nnx.Linear(channels, channels, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+
+    def encode(self, frames: Frames) -> tuple[Latents, Latents]:
+        """Frames (b, t, y, x, 3) in [-1, 1] -> mean and log-variance of the raw latents (b, f, h, w, c)."""
+        config = self.config
+        moments = tiled_encode(
+            lambda tile: self.quant(self.encoder(tile)),
+            frames,
+            config.tiling,
+            spatial_factor=config.spatial_factor,
+            temporal_factor=config.temporal_factor,
+        )
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+    def decode(self, raw: Latents) -> Frames:
+        """Raw latents (b, f, h, w, c) -> frames (b, t, y, x, 3) around [-1, 1], not clipped."""
+        config = self.config
+        return tiled_decode(
+            lambda tile: self.decoder(self.post_quant(tile)),
+            raw,
+            config.tiling,
+            spatial_factor=config.spatial_factor,
+            temporal_factor=config.temporal_factor,
+        )

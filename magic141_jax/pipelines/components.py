@@ -1,0 +1,207 @@
+"""From a weights folder to networks with parameters, and the settings that they were made for.
+
+    DIR/model_index.json                                 {"format": 1, "sampling": {...}}, see `SamplingSettings`
+    DIR/{transformer,vae,text_encoder,image_encoder}/    config.json + safetensors, see `magic141_jax.weights`
+
+The folder is named by its path, by "default" (the small trained weights of this repository) or by the id of a
+repository on the Hugging Face Hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+
+from magic141_jax import settings, sharding, weights
+from magic141_jax.diffusion.samplers import Sampler
+from magic141_jax.errors import UserError, nearest
+from magic141_jax.models import MODELS, image_encoder, mmdit
+from magic141_jax.models.network import Network
+from magic141_jax.models.text import MiniLMTextEncoder, TextEncoder
+from magic141_jax.pytree import Params, cast, require_match
+
+DEFAULT = "default"
+DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "weights" / "emoji64"
+TEXT_ENCODERS = {"bert": MiniLMTextEncoder.from_folder}
+SHARDING_RULES = {"mmdit": mmdit.SHARDING_RULES, "image_encoder": image_encoder.SHARDING_RULES}
+CACHE_VARIABLE = "MAGIC141_JAX_CACHE"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """How a set of weights is meant to be sampled: sizes in pixels, clip length in frames, the walk.
+
+    `overlap_latents` latent frames of a window are known to the next one in a long video, noised by `history_noise`.
+    """
+
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+    num_inference_steps: int
+    guidance_scale: float
+    shift: float
+    sampler: Sampler = "euler"
+    overlap_latents: int = 1
+    history_noise: float = 0.0
+
+
+class Model(NamedTuple):
+    """A network with its parameters."""
+
+    network: Network
+    params: Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Components:
+    """Everything that the pipelines need, read from `folder`."""
+
+    folder: Path
+    transformer: Model
+    vae: Model
+    text_encoder: TextEncoder
+    image_encoder: Model
+    sampling: SamplingSettings
+    mesh: jax.sharding.Mesh | None = None
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The digest of all weights, 16 hex digits; read from disk on first use."""
+        return weights.digest(self.folder)
+
+    @functools.cached_property
+    def config_digest(self) -> str:
+        """The first 16 hex digits of the SHA-256 over every JSON file of the folder, in path order."""
+        total = hashlib.sha256()
+        for file in sorted(self.folder.rglob("*.json")):
+            total.update(file.read_bytes())
+        return total.hexdigest()[:16]
+
+
+def load_components(
+    path_or_hub_id: str | Path = DEFAULT,
+    *,
+    dtype: Dtype | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    revision: str | None = None,
+) -> Components:
+    """Reads a weights folder.
+
+    Args:
+      path_or_hub_id: a folder, "default", or "owner/name" on the Hugging Face Hub (its local cache serves offline).
+      dtype: of the transformer's parameters and activations; float32 on CPU, bfloat16 elsewhere, unless given. The
+        other networks compute in float32: they are a small part of the cost.
+      mesh: devices over which the parameters are laid (see `magic141_jax.sharding`).
+      revision: branch, tag or commit on the Hub.
+
+    Raises:
+      UserError: no such folder or repository; a file missing, damaged or truncated; weights that do not fit their
+        config, with the first few mismatches.
+    """
+    folder = find_folder(path_or_hub_id, revision)
+    index = weights.read_json(folder / "model_index.json")
+    if index.get("format") != 1:
+        raise UserError(f"{folder / 'model_index.json'} has format {index.get('format')!r}; this version reads 1")
+    sampling = settings.build(SamplingSettings, index.get("sampling", {}), where="model_index.sampling")
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype is {dtype!r}; float32 and bfloat16 are known")
+    models = {
+        name: load_model(folder / name, overrides={"compute_dtype": dtype} if name == "transformer" else {}, mesh=mesh)
+        for name in ("transformer", "vae", "image_encoder")
+    }
+    kind = weights.read_json(folder / "text_encoder" / "config.json").get("model")
+    text_encoder = _pick(TEXT_ENCODERS, kind, folder / "text_encoder")(folder / "text_encoder")
+    return Components(folder=folder, text_encoder=text_encoder, sampling=sampling, mesh=mesh, **models)
+
+
+def load_model(
+    folder: Path, *, overrides: Mapping[str, Any] | None = None, mesh: jax.sharding.Mesh | None = None
+) -> Model:
+    """Reads one component folder; parameters are cast to the config's compute dtype (float32 where it has none).
+
+    Args:
+      folder: with config.json and safetensors.
+      overrides: config fields that replace the stored ones.
+      mesh: devices over which the parameters are laid by the network's rules, else by size.
+
+    Raises:
+      UserError: a file missing or damaged, an unknown model or config key, parameters that do not fit.
+    """
+    mapping, params = weights.load(folder)
+    kind = mapping.pop("model", None)
+    config_class, module = _pick(MODELS, kind, folder)
+    config = settings.build(config_class, {**mapping, **(overrides or {})}, where=f"{folder.name}/config.json")
+    network = Network.create(module, config)
+    require_match(params, network.abstract_params, what=str(folder))
+    params = cast(params, jnp.dtype(getattr(config, "compute_dtype", "float32")))
+    if mesh is not None:
+        params = jax.device_put(params, sharding.shardings(params, mesh, SHARDING_RULES.get(kind, ())))
+    return Model(network, params)
+
+
+def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """A local weights folder for a path, "default" or a Hub id; raises `UserError` when there is none."""
+    name = str(path_or_hub_id)
+    if name == DEFAULT:
+        if not DEFAULT_FOLDER.is_dir():
+            raise UserError(f"no embedded weights at {DEFAULT_FOLDER}; clone the repository whole, or name a folder")
+        return DEFAULT_FOLDER
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{path} is a file; name the weights folder that holds model_index.json")
+    if not _HUB_ID.fullmatch(name) or path.parent.is_dir():
+        raise UserError(f"no weights folder {path}")
+    try:
+        patterns = ["*.json", "*.safetensors"]
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub library raises its own, httpx's and the system's errors
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise UserError(f"no weights folder {name}, nor could it be fetched from the Hub: {reason[0]}") from None
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in $MAGIC141_JAX_CACHE or the user's cache folder.
+
+    A cache folder that was already chosen (jax_compilation_cache_dir) stays. Without a writable folder there is a
+    warning and no cache. An empty $MAGIC141_JAX_CACHE switches the cache off.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen == "":
+        return
+    folder = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "magic141_jax"
+    folder = folder.expanduser()
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        warnings.warn(f"can't write into {folder}: programs are compiled anew each run", stacklevel=2)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _pick(table: Mapping[str, Any], name: Any, folder: Path) -> Any:
+    if name not in table:
+        raise UserError(f"{folder / 'config.json'} names the model {name!r}.{nearest(str(name), table)}")
+    return table[name]

@@ -1,0 +1,226 @@
+"""The compiled stages that every pipeline is made of, and the clock over them.
+
+    encode_text   prompts                          -> token states, mask, pooled vector
+    condition     states, first images             -> Conditioning: image tokens before the text, one known latent
+    encode_known  frames (b, t, y, x, 3)           -> known latents and mask of a clip
+    denoise       conditioning, seeds              -> latents
+    decode        latents (b, f, h, w, c)          -> frames (b, t, y, x, 3) in [0, 1]
+
+Each stage is one compiled program per set of shapes, with the parameters as arguments. An image, a clip and every
+window of a long video share them: which latent frames are known is data, not a shape. Noise is drawn inside, from
+(seed, index in the call, purpose), so that neither the batch nor the devices change it.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magic141_jax.diffusion import conditioning, flow, guidance, samplers, timesteps
+from magic141_jax.diffusion.conditioning import Conditioning, LatentMask
+from magic141_jax.errors import UserError
+from magic141_jax.models.mmdit import velocity_fn
+from magic141_jax.models.network import Network
+from magic141_jax.models.text import TextStates
+from magic141_jax.models.vae import latent_frames
+from magic141_jax.pipelines.components import Components, Model
+from magic141_jax.pipelines.options import SamplingOptions, per_prompt
+from magic141_jax.pytree import Params
+from magic141_jax.shapes import Frames, Images, Latents, TokenMask, Tokens
+
+IMAGE_PURPOSE = 0  # of noise; window w of a video has purpose w + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Encoded prompts, and the negative ones where guidance takes a second pass."""
+
+    positive: TextStates
+    negative: TextStates | None
+
+
+class Stage:
+    """A function of (params, *arrays, **static) compiled once per set of shapes; compile time is counted apart."""
+
+    def __init__(self, function: Callable[..., Any], params: Params, seconds: collections.Counter[str]) -> None:
+        self._function, self._params, self._seconds = function, params, seconds
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, label: str, *arrays: Any, **static: Any) -> Any:
+        """Runs the stage and adds its seconds to `label`; blocks until the result is there."""
+        leaves, structure = jax.tree.flatten(arrays)
+        leaves = [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in leaves]
+        key = (structure, *((x.shape, x.dtype, x.sharding) for x in leaves), *sorted(static.items()))
+        arrays = jax.tree.unflatten(structure, leaves)
+        if key not in self._compiled:
+            start = time.perf_counter()
+            traced = jax.jit(functools.partial(self._function, **static)).lower(self._params, *arrays)
+            self._compiled[key] = traced.compile()
+            self._seconds["compile"] += time.perf_counter() - start
+        with clock(self._seconds, label):
+            return jax.block_until_ready(self._compiled[key](self._params, *arrays))
+
+
+class Engine:
+    """The stages over one set of components. `seconds` counts by label: text, image, video, decode, compile."""
+
+    def __init__(self, components: Components) -> None:
+        self.components = components
+        self.seconds: collections.Counter[str] = collections.Counter()
+        self._denoise = self._stage(_denoise, components.transformer)
+        self._encode_known = self._stage(_encode_known, components.vae)
+        self._decode = self._stage(_decode, components.vae)
+        self._image_tokens = self._stage(_prepend_image_tokens, components.image_encoder)
+        self._text_sizes: set[int] = set()
+
+    def encode_text(self, prompts: Sequence[str], options: SamplingOptions) -> Prompts:
+        """Encodes the prompts, and the negative prompts if guidance needs them, in one batch."""
+        negative = [p or "" for p in per_prompt(options.negative_prompt, len(prompts), "negative_prompt")]
+        twice = options.guidance_scale != 1 and not self.components.transformer.network.config.guidance_embedding
+        texts = [*prompts, *negative] if twice else list(prompts)
+        encode = self.components.text_encoder.encode
+        if len(texts) not in self._text_sizes:
+            with clock(self.seconds, "compile"):  # a first call is nearly all compilation
+                jax.block_until_ready(encode(texts))
+            self._text_sizes.add(len(texts))
+        with clock(self.seconds, "text"):
+            states = jax.block_until_ready(encode(texts))
+        count = len(prompts)
+        positive, other = (TextStates(*(a[part] for a in states)) for part in (slice(count), slice(count, None)))
+        return Prompts(positive, other if twice else None)
+
+    def condition(
+        self, prompts: Prompts, options: SamplingOptions, *, images: Images | None = None
+    ) -> tuple[Conditioning, TextStates | None]:
+        """The conditioning of a clip and the negative text.
+
+        With `images` (b, y, x, 3), their tokens stand before the text and the first latent frame is known.
+        """
+        text, mask, pooled = prompts.positive
+        if images is None:
+            known, known_mask = self._nothing_known(len(text), options)
+            return Conditioning(text, mask, pooled, known, known_mask), prompts.negative
+        length = text.shape[1]
+        text, mask = self._image_tokens("image", images, text, mask)
+        known, known_mask = self.encode_known(jnp.asarray(images)[:, None], options, label="image")
+        cond = Conditioning(text, mask, pooled, known, known_mask, image_tokens=text.shape[1] - length)
+        return cond, prompts.negative
+
+    def encode_known(self, frames: Frames, options: SamplingOptions, *, label: str) -> tuple[Latents, LatentMask]:
+        """Pixel frames (b, 4(k-1)+1, y, x, 3) -> the first k known latents of a clip, and their mask."""
+        return self._encode_known(label, frames, total=self._latent_shape(options)[0])
+
+    def denoise(
+        self,
+        cond: Conditioning,
+        negative: TextStates | None,
+        options: SamplingOptions,
+        *,
+        purpose: int,
+        history_noise: float = 0.0,
+    ) -> Latents:
+        """Samples latents of the shape of `cond.known`, whose known frames come back as they are.
+
+        Args:
+          cond, negative: from `condition`.
+          options: seeds, steps, guidance; `options.latents` replaces the noise.
+          purpose: which noise of a seed: IMAGE_PURPOSE, or w + 1 for window w of a video.
+          history_noise: level of noise on what the network sees of the known latents.
+        """
+        shape = cond.known.shape
+        noise = options.latents
+        if noise is not None and np.shape(noise) != shape:
+            raise UserError(f"latents have shape {np.shape(noise)}; this call takes {shape}")
+        seeds = per_prompt(options.seed, shape[0], "seed")
+        indices = range(shape[0]) if isinstance(options.seed, int) else [0] * shape[0]
+        draws = np.array([[seed, index, purpose] for seed, index in zip(seeds, indices, strict=True)], np.uint32)
+        return self._denoise(
+            "image" if purpose == IMAGE_PURPOSE else "video",
+            *(cond, negative, noise, draws),
+            timesteps.grid(options.num_inference_steps, options.shift),
+            np.float32([options.guidance_scale, history_noise]),
+            sampler=options.sampler,
+            callback=options.callback,
+        )
+
+    def decode(self, latents: Latents) -> Frames:
+        """Normalised latents -> frames in [0, 1]."""
+        return self._decode("decode", latents)
+
+    def _nothing_known(self, batch: int, options: SamplingOptions) -> tuple[Latents, LatentMask]:
+        shape = (batch, *self._latent_shape(options))
+        return jnp.zeros((*shape, self.components.vae.network.config.latent_channels)), jnp.zeros((*shape, 1))
+
+    def _latent_shape(self, options: SamplingOptions) -> tuple[int, int, int]:
+        vae = self.components.vae.network.config
+        frames = latent_frames(options.num_frames, vae.temporal_factor)
+        return frames, options.height // vae.spatial_factor, options.width // vae.spatial_factor
+
+    def _stage(self, function: Callable[..., Any], model: Model) -> Stage:
+        return Stage(functools.partial(function, model.network), model.params, self.seconds)
+
+
+@contextlib.contextmanager
+def clock(seconds: collections.Counter[str], label: str) -> Iterator[None]:
+    """Adds the time spent inside to `seconds[label]`."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[label] += time.perf_counter() - start
+
+
+def _denoise(
+    network: Network,
+    params: Params,
+    cond: Conditioning,
+    negative: TextStates | None,
+    noise: Latents | None,
+    draws: jax.Array,
+    times: jax.Array,
+    levels: jax.Array,
+    *,
+    sampler: samplers.Sampler,
+    callback: samplers.StepCallback | None,
+) -> Latents:
+    """`draws` (b, 3) is (seed, index, purpose) of each sample; `levels` is (guidance scale, history noise)."""
+    scale, history = levels
+    keys = jax.vmap(_keys)(draws)
+    noise = flow.draw_noise(keys[:, 0], cond.known.shape) if noise is None else noise
+    velocity = velocity_fn(network, params, guidance=scale if network.config.guidance_embedding else None)
+    if negative is not None:
+        velocity = guidance.guided(velocity, conditioning.replace_text(cond, *negative), scale)
+    seen = conditioning.noise_known(cond, keys[:, 1], history)
+    return samplers.sample(
+        lambda x, t, _: velocity(x, t, seen), cond, noise, times, sampler=sampler, key=keys[:, 2], callback=callback
+    )
+
+
+def _keys(draw: jax.Array) -> jax.Array:
+    """(seed, index, purpose) -> three keys: for the noise, the history noise and the sampler."""
+    seed, index, purpose = draw
+    return jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), purpose), 3)
+
+
+def _encode_known(network: Network, params: Params, frames: Frames, *, total: int) -> tuple[Latents, LatentMask]:
+    latents = network(params, frames, method="encode_latents")
+    return conditioning.known_latents(latents, latents.shape[1], total)
+
+
+def _decode(network: Network, params: Params, latents: Latents) -> Frames:
+    return network(params, latents, method="decode_latents")
+
+
+def _prepend_image_tokens(
+    network: Network, params: Params, images: Images, text: Tokens, mask: TokenMask
+) -> tuple[Tokens, TokenMask]:
+    return conditioning.with_image_tokens(text, mask, network(params, images))

@@ -1,0 +1,67 @@
+"""Image to video: the first latent frame is known, and the image's tokens stand before the text's.
+
+image -> VAE -> known latent frame; image -> vision encoder -> tokens (Magic 1-For-1, section 3, figure 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from magic141_jax.errors import UserError
+from magic141_jax.pipelines.engine import Prompts
+from magic141_jax.pipelines.media import ImageLike, fit_image, read_image
+from magic141_jax.pipelines.options import FORMATTERS, PipelineOutput, SamplingOptions, as_prompts, resolve
+from magic141_jax.pipelines.text_to_image import Pipeline
+
+FIRST_WINDOW = 1  # the purpose of its noise
+
+
+class ImageToVideoPipeline(Pipeline):
+    """prompt and first frame -> video.
+
+    >>> ImageToVideoPipeline.from_pretrained()("it moves left", image="photo.png").frames[0]
+    """
+
+    def __call__(
+        self, prompt: str | Sequence[str], *, image: ImageLike | Sequence[ImageLike], **options: Any
+    ) -> PipelineOutput:
+        """Makes a clip for each prompt.
+
+        Args:
+          prompt: one or several.
+          image: one for all prompts, or a list of one each: paths, PIL images or arrays (y, x, 3), of any size; they
+            are resized to cover the clip's size and cropped at the centre.
+          **options: the fields of `SamplingOptions`.
+
+        Returns:
+          frames (b, t, y, x, 3), images (b, y, x, 3): the first frames as they went in, latents (b, f, h, w, c).
+
+        Raises:
+          UserError: an empty prompt; an unreadable image; an unknown option, a wrong type, a value out of range.
+        """
+        prompts = as_prompts(prompt)
+        resolved = resolve(options, self.components)
+        images = as_images(image, len(prompts), resolved)
+        return self.generate(self.engine.encode_text(prompts, resolved), images, resolved)
+
+    def generate(self, prompts: Prompts, images: np.ndarray, options: SamplingOptions) -> PipelineOutput:
+        """The same for prompts that are encoded, images (b, y, x, 3) of the clip's size, and resolved options."""
+        cond, negative = self.engine.condition(prompts, options, images=images)
+        latents = self.engine.denoise(cond, negative, options, purpose=FIRST_WINDOW)
+        if options.output_type == "latent":
+            return PipelineOutput(latents=np.asarray(latents))
+        format_frames = FORMATTERS[options.output_type]
+        frames = np.asarray(self.engine.decode(latents))
+        return PipelineOutput(format_frames(images), format_frames(frames), np.asarray(latents))
+
+
+def as_images(image: ImageLike | Sequence[ImageLike], count: int, options: SamplingOptions) -> np.ndarray:
+    """One image, or `count` of them (a list, or an array with a batch axis) -> (count, y, x, 3) of the clip's size."""
+    several = isinstance(image, list | tuple) or (isinstance(image, np.ndarray) and image.ndim == 4)
+    images = [fit_image(read_image(i), options.height, options.width) for i in (image if several else [image])]
+    if len(images) not in (1, count):
+        raise UserError(f"{len(images)} images for {count} prompts; give one, or one each")
+    return np.stack(images * (count // len(images)))

@@ -1,0 +1,207 @@
+"""Makes videos from text, or from text and a picture.
+
+    python sample.py --prompt "a shark moves left on a yellow background"
+    python sample.py --prompt "it moves left" --image photo.png --duration 60 --output out.mp4
+
+Writes the video (mp4, gif or webp, by extension; png: the image alone), the first image and a JSON sidecar beside it.
+Prompt, seed, options and the weights' digest are in the metadata of each. The last line says what took how long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+import magic141_jax
+from magic141_jax.errors import UserError, nearest, run_entry_point
+from magic141_jax.pipelines import media
+from magic141_jax.pipelines.components import DEFAULT
+from magic141_jax.pipelines.long_video import stream_video
+from magic141_jax.pipelines.options import as_prompts, resolve
+from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
+
+MAX_SECONDS = 3600.0
+MAX_VIDEOS = 10_000
+MAX_UPSCALED_SIDE = 8192
+IN_METADATA = (
+    *("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift", "sampler"),
+    *("overlap_latents", "history_noise"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `UserError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing the usage."""
+        raise UserError(message.removeprefix("argument "))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv`; raises `UserError` for what the user can mend."""
+    args = parse(argv)
+    with one_line_warnings():
+        image = None if args.image is None else media.read_image(args.image)
+        pipeline = TextToVideoPipeline.from_pretrained(args.weights)
+        options = sampling_options(args)
+        resolved = resolve(options, pipeline.components)
+        check_upscale(args.upscale, resolved.height, resolved.width)
+        fps = pipeline.components.sampling.fps
+        frames = resolved.num_frames if args.duration is None else max(1, round(args.duration * fps))
+        frames = 1 if args.output.suffix.lower() == ".png" else frames
+        media.check_output(args.output, frames)
+        start = time.perf_counter()
+        with tqdm(total=frames * args.num_videos, unit="frame", disable=None) as bar:
+            for i, path in enumerate(output_paths(args.output, args.num_videos)):
+                seed = options["seed"] + i
+                about = describe(args, pipeline, {**options, "seed": seed}, frames)
+                make_video(args, pipeline, {**options, "seed": seed}, image=image, path=path, about=about, bar=bar)
+    seconds = frames / fps * args.num_videos
+    print(timing_line(pipeline.engine.seconds, time.perf_counter() - start, seconds))
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the flags and checks all that needs no weights."""
+    parser = Parser(prog="sample.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--prompt", help="what to show (required)")
+    add("--negative_prompt", help="what to avoid; counts with --guidance other than 1")
+    add("--image", type=Path, help="the first frame; made from the prompt unless given")
+    add("--duration", type=float, help="seconds of video; one window unless given")
+    add("--steps", type=int, help="sampling steps; as the weights were made for unless given, as below")
+    add("--guidance", type=float, help="guidance scale; 1 is none, and twice as fast")
+    add("--size", help="64, or WIDTHxHEIGHT, in pixels")
+    add("--seed", type=int, default=0, help="video i of --num_videos has seed + i")
+    add("--weights", default=DEFAULT, help='a weights folder, a Hugging Face id, or "default"')
+    add("--output", type=Path, default=Path("out.mp4"), help=", ".join(media.FORMATS))
+    add("--num_videos", type=int, default=1, help="how many; out-0.mp4 and so on if more than 1")
+    add("--upscale", type=int, default=4, help="enlarges what is written (Lanczos); 1 keeps the pixels")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        if not flag.startswith("--"):
+            raise UserError(f"unexpected argument {flag!r}; put the prompt in quotes")
+        raise UserError(f"unknown flag {flag}.{nearest(flag, [f'--{name}' for name in vars(args)])}")
+    if args.prompt is None:
+        raise UserError('--prompt is missing; try --prompt "a shark moves left on a yellow background"')
+    as_prompts(args.prompt)
+    if args.duration is not None and not 0 < args.duration <= MAX_SECONDS:
+        raise UserError(f"--duration is {args.duration} seconds; it must be above 0 and at most {MAX_SECONDS:.0f}")
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps is {args.steps}; it must be at least 1")
+    if not 1 <= args.num_videos <= MAX_VIDEOS:
+        raise UserError(f"--num_videos is {args.num_videos}; it must be from 1 to {MAX_VIDEOS}")
+    media.check_output(args.output, 1)
+    if args.image is not None and args.output.suffix.lower() == ".png":
+        raise UserError("with --image, a .png would hold that picture alone; name an .mp4, .gif or .webp")
+    return args
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The pipelines' keyword options for the flags."""
+    options = {
+        "negative_prompt": args.negative_prompt,
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance,
+        "seed": args.seed,
+    }
+    if args.size is not None:
+        sides = args.size.lower().split("x")
+        if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+            raise UserError(f"--size is {args.size!r}; write 64, or WIDTHxHEIGHT such as 96x64")
+        options["width"], options["height"] = int(sides[0]), int(sides[-1])
+    return options
+
+
+def check_upscale(upscale: int, height: int, width: int) -> None:
+    """Raises `UserError` unless the enlarged frames have a sane size."""
+    most = MAX_UPSCALED_SIDE // max(height, width)
+    if not 1 <= upscale <= most:
+        raise UserError(f"--upscale is {upscale}; for {width}x{height} it must be from 1 to {most}")
+
+
+def output_paths(output: Path, count: int) -> list[Path]:
+    """The output itself, or for several videos its name numbered."""
+    return [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
+
+
+def describe(args: argparse.Namespace, pipeline: TextToVideoPipeline, options: dict[str, Any], frames: int) -> dict:
+    """What made a video, for its metadata."""
+    components = pipeline.components
+    resolved = dataclasses.asdict(resolve(options, components))
+    return {
+        "prompt": args.prompt,
+        "negative_prompt": args.negative_prompt,
+        "image": args.image.name if args.image else None,
+        "seed": options["seed"],
+        "frames": frames,
+        "fps": components.sampling.fps,
+        "upscale": args.upscale,
+        "options": {name: resolved[name] for name in IN_METADATA},
+        "weights": components.folder.name,
+        "weights_digest": components.digest,
+        "config_digest": components.config_digest,
+        "version": magic141_jax.__version__,
+    }
+
+
+def make_video(
+    args: argparse.Namespace,
+    pipeline: TextToVideoPipeline,
+    options: dict[str, Any],
+    *,
+    image: Any,
+    path: Path,
+    about: dict[str, Any],
+    bar: tqdm,
+) -> None:
+    """Makes one video and writes its files, all of them or none."""
+    still, sidecar = path.with_suffix(".png"), path.with_suffix(".json")
+    bar.set_description("image")
+    stream = stream_video(pipeline, args.prompt, total_frames=about["frames"], image=image, **options)
+    bar.set_description("video")
+    # A dict, because a png output is its own still.
+    targets = dict.fromkeys((path, still, sidecar))
+    with media.staged(*targets) as temporary:
+        names = dict(zip(targets, temporary, strict=True))
+        media.write_image(names[still], stream.image, about, upscale=args.upscale)
+        if path != still:
+            with media.BackgroundWriter(names[path], about["fps"], about, upscale=args.upscale) as writer:
+                for frames in stream:
+                    writer.write(frames)
+                    bar.update(len(frames))
+        names[sidecar].write_text(json.dumps(about, indent=2) + "\n")
+    bar.write(f"wrote {', '.join(map(str, targets))}", file=sys.stdout)
+
+
+def timing_line(seconds: dict[str, float], elapsed: float, length: float) -> str:
+    """Seconds by stage, and the real-time factor: seconds of work, compilation apart, per second of video."""
+    stages = ", ".join(f"{name} {seconds[name]:.2f} s" for name in ("text", "image", "video", "decode", "compile"))
+    working = elapsed - seconds["compile"]
+    return (
+        f"{stages}; {length:.1f} s of video in {working:.2f} s without compilation: "
+        f"real-time factor {working / length:.3f}"
+    )
+
+
+@contextlib.contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Warnings on one line of stderr, without file names."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: sys.stderr.write(f"warning: {message}\n")
+        yield
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

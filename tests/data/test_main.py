@@ -1,0 +1,56 @@
+import runpy
+import sys
+
+import pytest
+
+MODULE = "magic141_jax.data.__main__"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs the command line in this process; returns its exit code and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["data", *map(str, arguments)])
+        monkeypatch.delitem(sys.modules, MODULE, raising=False)
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_module(MODULE, run_name="__main__")
+        return stopped.value.code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "COMMAND"),
+        (("prepair", "SRC", "DST"), "invalid choice"),
+        (("prepare", "SRC"), "DST"),
+        (("prepare", "SRC", "DST", "--sise", "3"), "--sise"),
+        (("prepare", "SRC", "DST", "--size", "60"), "nearest legal size is 64x64"),
+        (("prepare", "SRC", "DST", "--size", "huge"), "HEIGHTxWIDTH"),
+        (("prepare", "SRC", "DST", "--num_frames", "16"), "13 and 17"),
+        (("prepare", "SRC", "DST", "--fps", "-1"), "--fps is -1.0"),
+        (("prepare", "SRC", "DST", "--fps", "nan"), "--fps is nan"),
+        (("prepare", "SRC", "DST", "--limit", "0"), "--limit is 0"),
+        (("prepare", "nowhere", "DST"), "no folder or manifest nowhere"),
+        (("prepare", "SRC", "SRC"), "not a prepared data set"),
+        (("prepare", "emoji", "DST", "--size", "64x32"), "square"),
+        (("prepare", "tfds:no_such_set_here", "DST"), "no data set 'no_such_set_here'"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(call, tmp_path, arguments, message):
+    (tmp_path / "SRC").mkdir()
+    (tmp_path / "SRC" / "captions.csv").write_text("file,caption\n")
+    places = {"SRC": tmp_path / "SRC", "DST": tmp_path / "DST"}
+    code, stderr = call(*(places.get(argument, argument) for argument in arguments))
+    assert code == 2 and message in stderr
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["SRC"]
+
+
+def test_a_good_run_ends_with_0(call, clip_folder, tmp_path):
+    code, _ = call("prepare", clip_folder, tmp_path / "out", "--size", "32", "32x48", "--num_frames", "5", "--fps", "8")
+    assert code == 0 and (tmp_path / "out" / "metadata.json").is_file()
+    code, stderr = call("prepare", clip_folder, tmp_path / "out", "--size", "32", "--num_frames", "5")
+    assert code == 2 and "--overwrite" in stderr
