@@ -15,21 +15,8 @@ from magic141_jax.errors import UserError
 from magic141_jax.models.network import Network
 from magic141_jax.models.text import MAX_BATCH, SHARDING_RULES, Bert, BertConfig, MiniLMTextEncoder, TextStates
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "a",
-    "shark",
-    "bee",
-    "moves",
-    "left",
-    "right",
-    "on",
-    "yellow",
-    "background",
-]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "shark", "bee", "moves"]
+WORDS += ["left", "right", "on", "yellow", "background"]
 CONFIG = BertConfig(vocabulary=16, positions=32, width=16, layers=2, heads=2, mlp=32, length=10)
 SHIPPED = Path(__file__).parents[2] / "weights" / "emoji64" / "text_encoder"
 
