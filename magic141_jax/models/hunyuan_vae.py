@@ -114,9 +114,7 @@ def causal_conv3d(x: jax.Array, kernel: jax.Array, *, stride: Stride = (1, 1, 1)
 
 
 def _volume(x: jax.Array, kernel: jax.Array, stride: Stride) -> jax.Array:
-    return jax.lax.conv_general_dilated(
-        x, kernel, stride, "VALID", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
-    )
+    return jax.lax.conv_general_dilated(x, kernel, stride, "VALID", dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
 
 
 def _taps(x: jax.Array, kernel: jax.Array, stride: Stride) -> jax.Array:

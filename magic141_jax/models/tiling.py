@@ -126,9 +126,7 @@ def _require_multiples(tiling: Tiling, spatial_factor: int, temporal_factor: int
             raise UserError(f"tiling.{name} is {value}; it must be a multiple of {factor} for this VAE")
 
 
-def _cuts(
-    n: int, tile: int | None, stride: int, total: int, *, out: Callable[[int], int], context: int = 0
-) -> _Cuts:
+def _cuts(n: int, tile: int | None, stride: int, total: int, *, out: Callable[[int], int], context: int = 0) -> _Cuts:
     """Cuts an axis of n input positions, or leaves it whole when `tile` is None; `out` maps a length to the output."""
     if tile is None:
         return _Cuts((0,), n, total, 0, total)
