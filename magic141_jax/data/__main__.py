@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -70,9 +71,9 @@ def _parser() -> _Parser:
     return parser
 
 
-def main() -> None:
-    """Parses the command line and runs the command."""
-    args = _parser().parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the command line (or `arguments`) and runs the command."""
+    args = _parser().parse_args(arguments)
     COMMANDS[args.command](args)
 
 
