@@ -28,6 +28,8 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str = "config") -> 
     Raises:
       UserError: unknown key, wrong type, or a missing key without default; all named by their dotted path.
     """
+    if hasattr(values, "to_dict"):  # a ConfigDict is no Mapping
+        values = values.to_dict()
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     made = {}
@@ -76,7 +78,7 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         return value
     elif origin is dict or kind is dict:
         if isinstance(value, Mapping):
-            return {k: (v.to_dict() if hasattr(v, "to_dict") else v) for k, v in value.items()}
+            return dict(value)
     elif kind is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)

@@ -1,36 +1,117 @@
-"""The key table of `models.hunyuan_vae` for the published layout of HunyuanVideo's autoencoder (diffusers' names)."""
+"""HunyuanVideo's autoencoder in diffusers' layout <-> `HunyuanVAE`: its table of names and its config, both ways.
+
+What differs besides names: convolution kernels have their channels last, 1x1x1 convolutions are linear layers, and
+encoder and decoder levels are called alike.
+"""
 
 from __future__ import annotations
 
-_CONV = (("weight", "kernel", "conv3d"), ("bias", "bias", "same"))
-_POINTWISE = (("weight", "kernel", "pointwise"), ("bias", "bias", "same"))
-_LINEAR = (("weight", "kernel", "linear"), ("bias", "bias", "same"))
-_NORM = (("weight", "scale", "same"), ("bias", "bias", "same"))
+from collections.abc import Mapping
+from typing import Any
 
-_SIDE = r"(encoder|decoder)"
-_BLOCK = r"(?:down|up)_blocks\.(\d+)"
+from magic141_jax.convert.engine import CONV, IDENTITY, LINEAR, Rule, Table, Transform, each
+from magic141_jax.errors import UserError
+from magic141_jax.models.hunyuan_vae import HunyuanVAEConfig
 
-_LAYERS = (
-    (rf"{_SIDE}\.conv_(in|out)\.conv", r"\1.conv_\2", _CONV),
-    (rf"{_SIDE}\.conv_norm_out", r"\1.norm_out", _NORM),
-    (rf"{_SIDE}\.{_BLOCK}\.resnets\.(\d+)\.(norm[12])", r"\1.levels.\2.blocks.\3.\4", _NORM),
-    (rf"{_SIDE}\.{_BLOCK}\.resnets\.(\d+)\.(conv[12])\.conv", r"\1.levels.\2.blocks.\3.\4", _CONV),
-    (rf"{_SIDE}\.{_BLOCK}\.resnets\.(\d+)\.conv_shortcut\.conv", r"\1.levels.\2.blocks.\3.shortcut", _POINTWISE),
-    (rf"{_SIDE}\.{_BLOCK}\.(?:down|up)samplers\.0\.conv\.conv", r"\1.levels.\2.resample", _CONV),
-    (rf"{_SIDE}\.mid_block\.resnets\.0\.(norm[12])", r"\1.middle.first.\2", _NORM),
-    (rf"{_SIDE}\.mid_block\.resnets\.0\.(conv[12])\.conv", r"\1.middle.first.\2", _CONV),
-    (rf"{_SIDE}\.mid_block\.resnets\.1\.(norm[12])", r"\1.middle.second.\2", _NORM),
-    (rf"{_SIDE}\.mid_block\.resnets\.1\.(conv[12])\.conv", r"\1.middle.second.\2", _CONV),
-    (rf"{_SIDE}\.mid_block\.attentions\.0\.group_norm", r"\1.middle.attention.norm", _NORM),
-    (rf"{_SIDE}\.mid_block\.attentions\.0\.to_q", r"\1.middle.attention.query", _LINEAR),
-    (rf"{_SIDE}\.mid_block\.attentions\.0\.to_k", r"\1.middle.attention.key", _LINEAR),
-    (rf"{_SIDE}\.mid_block\.attentions\.0\.to_v", r"\1.middle.attention.value", _LINEAR),
-    (rf"{_SIDE}\.mid_block\.attentions\.0\.to_out\.0", r"\1.middle.attention.out", _LINEAR),
-    (r"(post_)?quant_conv", r"\1quant", _POINTWISE),
+CLASS_NAME = "AutoencoderKLHunyuanVideo"
+
+# their config key -> (our field) where the value is the same
+CONFIG_FIELDS = {
+    "block_out_channels": "block_out_channels",
+    "layers_per_block": "layers_per_block",
+    "norm_num_groups": "norm_num_groups",
+    "latent_channels": "latent_channels",
+    "spatial_compression_ratio": "spatial_factor",
+    "temporal_compression_ratio": "temporal_factor",
+    "mid_block_add_attention": "mid_block_add_attention",
+}
+# The network has these built in.
+FIXED_FIELDS = {"in_channels": 3, "out_channels": 3, "act_fn": "silu"}
+
+POINTWISE = each(
+    "1x1x1 convolution (out, in, 1, 1, 1) to (in, out)",
+    lambda a: a[:, :, 0, 0, 0].T,
+    lambda a: a.T[:, :, None, None, None],
 )
 
-TABLE = tuple(
-    (rf"{source}\.{theirs}", rf"{destination}.{ours}", transform)
-    for source, destination, leaves in _LAYERS
-    for theirs, ours, transform in leaves
-)
+
+def config_to_ours(theirs: Mapping[str, Any], **run_time: Any) -> HunyuanVAEConfig:
+    """diffusers' config.json -> `HunyuanVAEConfig`; `run_time` may set `tiling`. A missing key has its default.
+
+    Raises:
+      UserError: the file asks for a variant that this network doesn't have.
+    """
+    wrong = {key: theirs[key] for key, value in FIXED_FIELDS.items() if theirs.get(key, value) != value}
+    if theirs.get("_class_name", CLASS_NAME) != CLASS_NAME or wrong:
+        raise UserError(f"the VAE's config.json is no supported {CLASS_NAME}: {wrong or theirs['_class_name']}")
+    fields = {ours: theirs[key] for key, ours in CONFIG_FIELDS.items() if key in theirs}
+    fields["block_out_channels"] = tuple(fields.get("block_out_channels", HunyuanVAEConfig.block_out_channels))
+    if "scaling_factor" in theirs:
+        fields["latent_std"] = 1 / theirs["scaling_factor"]
+    try:
+        return HunyuanVAEConfig(**fields, **run_time)
+    except ValueError as error:
+        raise UserError(f"the VAE's config.json: {error}") from error
+
+
+def config_from_ours(config: HunyuanVAEConfig) -> dict[str, Any]:
+    """`HunyuanVAEConfig` -> diffusers' config.json.
+
+    Raises:
+      UserError: the latents are shifted or the levels aren't four, which the published layout can't express.
+    """
+    if config.latent_mean or len(config.block_out_channels) != 4 or config.temporal_factor != 4:
+        raise UserError(
+            "the published layout needs latent_mean 0, four levels and temporal_factor 4; got "
+            f"{config.latent_mean}, {len(config.block_out_channels)} and {config.temporal_factor}"
+        )
+    theirs = {key: getattr(config, ours) for key, ours in CONFIG_FIELDS.items()}
+    theirs |= {"block_out_channels": list(config.block_out_channels), "scaling_factor": 1 / config.latent_std}
+    return {"_class_name": CLASS_NAME} | FIXED_FIELDS | theirs
+
+
+def table(config: HunyuanVAEConfig) -> Table:
+    """The rules between diffusers' names and `HunyuanVAE(config)`'s parameter paths, for any sizes."""
+    return (
+        *_coder("encoder", "down"),
+        *_coder("decoder", "up"),
+        *_layer("quant_conv", "quant", POINTWISE),
+        *_layer("post_quant_conv", "post_quant", POINTWISE),
+    )
+
+
+def _coder(coder: str, direction: str) -> Table:
+    theirs, ours = f"{coder}.{direction}_blocks.{{i}}", f"{coder}.levels.{{i}}"
+    attention = f"{coder}.mid_block.attentions.0"
+    projections = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "out"}
+    return (
+        *_layer(f"{coder}.conv_in.conv", f"{coder}.conv_in", CONV),
+        *_layer(f"{coder}.conv_out.conv", f"{coder}.conv_out", CONV),
+        *_norm(f"{coder}.conv_norm_out", f"{coder}.norm_out"),
+        *_block(f"{theirs}.resnets.{{j}}", f"{ours}.blocks.{{j}}"),
+        *_layer(f"{theirs}.{direction}samplers.0.conv.conv", f"{ours}.resample", CONV),
+        *_block(f"{coder}.mid_block.resnets.0", f"{coder}.middle.first"),
+        *_block(f"{coder}.mid_block.resnets.1", f"{coder}.middle.second"),
+        *_norm(f"{attention}.group_norm", f"{coder}.middle.attention.norm"),
+        *(
+            rule
+            for name, mine in projections.items()
+            for rule in _layer(f"{attention}.{name}", f"{coder}.middle.attention.{mine}", LINEAR)
+        ),
+    )
+
+
+def _block(theirs: str, ours: str) -> Table:
+    return (
+        *_norm(f"{theirs}.norm{{k}}", f"{ours}.norm{{k}}"),
+        *_layer(f"{theirs}.conv{{k}}.conv", f"{ours}.conv{{k}}", CONV),
+        *_layer(f"{theirs}.conv_shortcut.conv", f"{ours}.shortcut", POINTWISE),
+    )
+
+
+def _layer(theirs: str, ours: str, kernel: Transform) -> Table:
+    return (Rule(f"{theirs}.weight", f"{ours}.kernel", kernel), Rule(f"{theirs}.bias", f"{ours}.bias", IDENTITY))
+
+
+def _norm(theirs: str, ours: str) -> Table:
+    return (Rule(f"{theirs}.weight", f"{ours}.scale"), Rule(f"{theirs}.bias", f"{ours}.bias"))

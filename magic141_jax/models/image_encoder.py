@@ -96,7 +96,7 @@ class ImageEncoder(nnx.Module):
         return self.project(self.norm(x))
 
 
-def sine_positions(rows: int, columns: int, width: int, period: float = 100.0) -> np.ndarray:
+def sine_positions(rows: int, columns: int, width: int, *, period: float = 100.0) -> np.ndarray:
     """2D sine and cosine features (rows * columns, width): a half of the width for each of the two coordinates.
 
     Wavelengths grow geometrically from 2 pi to about 2 pi * `period` patches.

@@ -96,8 +96,10 @@ def hunyuan_13b() -> MMDiTConfig:
 
 
 def emoji() -> MMDiTConfig:
-    """The embedded default at 64x64 pixels."""
+    """The embedded default at 64x64 pixels, over latents of 32 channels."""
     return MMDiTConfig(
+        in_channels=65,
+        out_channels=32,
         width=256,
         heads=4,
         head_width=64,
@@ -107,6 +109,7 @@ def emoji() -> MMDiTConfig:
         rope_axes=(16, 24, 24),
         text_width=384,
         pooled_width=384,
+        prediction="sample",
     )
 
 

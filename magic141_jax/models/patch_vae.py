@@ -6,6 +6,10 @@ of its cost, so that the embedded default decodes 17 frames of 64 x 64 in tens o
     frames (b, t, y, x, 3) -> first frame repeated to a full group -> patches 4x4x4 -> linear -> blocks at 1/4
     -> 2x2 cells folded into channels -> blocks at 1/8 -> latents (b, f, y/8, x/8, c); the decoder mirrors it.
 
+A linear shortcut runs beside the blocks at both ends, from a group of 4x8x8 pixels straight to its latent and back:
+the network starts as a linear autoencoder and spends its blocks on what that can't do (the residual autoencoding of
+DC-AE, arXiv 2410.10733).
+
 A block is a per-frame 3x3 convolution plus a linear map of the previous latent frame (all that makes it causal and
 temporal), then a pointwise MLP: on a CPU a matmul runs about three times faster per operation than a convolution.
 The residual stream itself is never normalised, since that erases brightness.
@@ -26,6 +30,8 @@ from magic141_jax.shapes import Frames, Latents
 
 PATCH = 4  # pixels and frames of one patch
 LOGVAR_RANGE = (-20.0, 10.0)
+FIRST_LOGVAR = -4.0  # a fresh posterior is narrow, or its noise would hide the picture
+ZEROS = nnx.initializers.zeros
 
 SHARDING_RULES = ((r".*\.(expand|embed|fold)\.kernel", (None, "tensor")), (r".*\.contract\.kernel", ("tensor", None)))
 
@@ -34,10 +40,10 @@ SHARDING_RULES = ((r".*\.(expand|embed|fold)\.kernel", (None, "tensor")), (r".*\
 class PatchVAEConfig:
     """Sizes of a `PatchVAE`; latent_mean and latent_std hold one number per channel, or one for all."""
 
-    latent_channels: int = 16
+    latent_channels: int = 32
     widths: tuple[int, int] = (96, 192)  # at 1/4 and at 1/8 of the resolution
     encoder_blocks: tuple[int, int] = (1, 2)
-    decoder_blocks: tuple[int, int] = (3, 2)
+    decoder_blocks: tuple[int, int] = (2, 2)
     expansion: int = 2
     spatial_factor: int = 8
     temporal_factor: int = 4
@@ -53,7 +59,7 @@ class Block(nnx.Module):
         self.conv = nnx.Conv(width, width, (3, 3), rngs=rngs)
         self.previous = nnx.Linear(width, width, use_bias=False, rngs=rngs)
         self.expand = nnx.Linear(width, expansion * width, rngs=rngs)
-        self.contract = nnx.Linear(expansion * width, width, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        self.contract = nnx.Linear(expansion * width, width, kernel_init=ZEROS, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h w c"]:
         """Keeps the shape; frame i depends on frames i and i - 1 only."""
@@ -80,12 +86,15 @@ class PatchVAE(VideoVAE):
         self.encoder_fine = blocks(config.encoder_blocks[0], fine)
         self.fold = nnx.Linear(4 * fine, coarse, rngs=rngs)
         self.encoder_coarse = blocks(config.encoder_blocks[1], coarse)
-        self.to_latent = nnx.Linear(coarse, 2 * config.latent_channels, rngs=rngs)
+        self.encoder_shortcut = nnx.Linear(4 * pixels, config.latent_channels, rngs=rngs)
+        self.to_latent = nnx.Linear(coarse, 2 * config.latent_channels, kernel_init=ZEROS, rngs=rngs)
+        self.to_latent.bias[...] = jnp.repeat(jnp.array([0.0, FIRST_LOGVAR]), config.latent_channels)
+        self.decoder_shortcut = nnx.Linear(config.latent_channels, 4 * pixels, use_bias=False, rngs=rngs)
         self.from_latent = nnx.Conv(config.latent_channels, coarse, (3, 3), rngs=rngs)
         self.decoder_coarse = blocks(config.decoder_blocks[1], coarse)
         self.unfold = nnx.Linear(coarse, 4 * fine, rngs=rngs)
         self.decoder_fine = blocks(config.decoder_blocks[0], fine)
-        self.to_pixels = nnx.Linear(fine, pixels, rngs=rngs)
+        self.to_pixels = nnx.Linear(fine, pixels, kernel_init=ZEROS, rngs=rngs)
 
     def encode(self, frames: Frames) -> tuple[Latents, Latents]:
         """See `VideoVAE.encode`.
@@ -106,6 +115,7 @@ class PatchVAE(VideoVAE):
         for block in self.encoder_coarse:
             x = block(x)
         mean, logvar = jnp.split(self.to_latent(x), 2, axis=-1)
+        mean += self.encoder_shortcut(_fold(frames, PATCH, 2 * PATCH))
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
     def decode(self, raw: Latents) -> Frames:
@@ -117,7 +127,8 @@ class PatchVAE(VideoVAE):
         x = _unfold(self.unfold(x), 1, 2)
         for block in self.decoder_fine:
             x = block(x)
-        return _unfold(self.to_pixels(x), PATCH, PATCH)[:, PATCH - 1 :]
+        frames = _unfold(self.to_pixels(x), PATCH, PATCH) + _unfold(self.decoder_shortcut(raw), PATCH, 2 * PATCH)
+        return frames[:, PATCH - 1 :]
 
 
 def _fold(x: Array, time: int, space: int) -> Array:

@@ -1,0 +1,86 @@
+"""RoPE, attention, norms and patches against their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from magic141_jax.errors import UserError
+from magic141_jax.models import layers
+
+GRID, AXES = (3, 2, 4), (4, 6, 6)
+
+
+def positions():
+    return np.stack(np.meshgrid(*map(np.arange, GRID), indexing="ij"), -1).reshape(-1, 3)
+
+
+def test_rope_scores_depend_on_the_distance_only():
+    cos, sin = layers.rope_tables(GRID, AXES, 256.0, text=0)
+    q, k = jax.random.normal(jax.random.key(0), (2, sum(AXES)))
+    rotated_q, rotated_k = (layers.rotate(jnp.broadcast_to(x, cos.shape), cos, sin) for x in (q, k))
+    scores = np.asarray(rotated_q @ rotated_k.T)
+    offsets = positions()[:, None] - positions()[None]
+    by_offset = {}
+    for offset, score in zip(offsets.reshape(-1, 3), scores.ravel()):
+        by_offset.setdefault(tuple(offset), []).append(score)
+    assert max(np.ptp(group) for group in by_offset.values()) < 1e-5
+    assert np.ptp([group[0] for group in by_offset.values()]) > 0.1
+
+
+def test_rope_leaves_text_and_lengths_alone():
+    cos, sin = layers.rope_tables(GRID, AXES, 256.0, text=5)
+    x = jax.random.normal(jax.random.key(1), cos.shape)
+    y = layers.rotate(x, cos, sin)
+    np.testing.assert_array_equal(y[-5:], x[-5:])
+    np.testing.assert_allclose(jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
+    assert not np.allclose(y[1:-5], x[1:-5])
+
+
+@pytest.mark.parametrize("backend", layers.ATTENTION)
+def test_attention_is_the_masked_softmax_average(backend):
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 2, 5, 2, 8)).astype(np.float32)
+    mask = np.array([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]], bool)
+    got = layers.attention(q, k, v, mask, backend=backend)
+    for b in range(2):
+        for n in range(2):
+            scores = np.exp(q[b, :, n] @ k[b, mask[b], n].T / np.sqrt(8))
+            want = scores / scores.sum(-1, keepdims=True) @ v[b, mask[b], n]
+            np.testing.assert_allclose(got[b, :, n * 8 : n * 8 + 8], want, atol=1e-5)
+
+
+def test_patches_round_trip_and_keep_neighbours_together():
+    x = jnp.arange(2 * 3 * 4 * 6 * 5.0).reshape(2, 3, 4, 6, 5)
+    tokens = layers.patchify(x, (1, 2, 2))
+    assert tokens.shape == (2, 3 * 2 * 3, 20)
+    np.testing.assert_array_equal(tokens[0, 1], x[0, 0, :2, 2:4].ravel())
+    np.testing.assert_array_equal(layers.unpatchify(tokens, (3, 2, 3), (1, 2, 2)), x)
+    with pytest.raises(UserError, match="patches"):
+        layers.patchify(x[:, :, :3], (1, 2, 2))
+
+
+def test_time_features_put_cosines_first():
+    features = layers.time_features(jnp.array([0.0, 2.0]), 8)
+    np.testing.assert_allclose(features[0], [1, 1, 1, 1, 0, 0, 0, 0])
+    frequencies = 10000.0 ** (-np.arange(4) / 4)
+    np.testing.assert_allclose(
+        features[1], np.concatenate([np.cos(2 * frequencies), np.sin(2 * frequencies)]), atol=1e-6
+    )
+
+
+def test_norms_have_unit_power_and_ignore_scale():
+    x = 5 + 3 * jax.random.normal(jax.random.key(2), (4, 64))
+    y = layers.layer_norm(x)
+    np.testing.assert_allclose(y.mean(-1), 0, atol=1e-5)
+    np.testing.assert_allclose(jnp.square(y).mean(-1), 1, atol=1e-3)
+    scale = jnp.full((1, 64), 2.0)
+    np.testing.assert_allclose(layers.rms_norm(7 * x, scale), layers.rms_norm(x, scale), rtol=1e-5)
+    np.testing.assert_allclose(jnp.square(layers.rms_norm(x, scale)).mean(-1), 4, rtol=1e-4)
+
+
+def test_stacked_linear_starts_with_the_variance_of_a_single_one():
+    stacked = layers.Linear(256, 64, layers=3, rngs=nnx.Rngs(0))
+    deviations = np.asarray(stacked.kernel[...]).std(axis=(1, 2))
+    np.testing.assert_allclose(deviations, 256**-0.5, rtol=0.05)

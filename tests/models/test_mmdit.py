@@ -1,0 +1,181 @@
+"""Invariants of the transformer: batch, padding, depth, recomputation, sharding rules, initial output."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magic141_jax.diffusion import conditioning, flow
+from magic141_jax.errors import UserError
+from magic141_jax.models.mmdit import SHARDING_RULES, SIZES, MMDiT, debug, velocity_fn
+from magic141_jax.models.network import Network
+from magic141_jax.pytree import count, flatten
+
+CONFIG = dataclasses.replace(debug(), double_blocks=2, single_blocks=3)
+
+
+def random_params(network):
+    """Every parameter random, so that nothing hides behind the zero initialisation."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), network.abstract_params
+    )
+
+
+@pytest.fixture(scope="module")
+def network():
+    return Network.create(MMDiT, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def params(network):
+    return random_params(network)
+
+
+@pytest.fixture(scope="module")
+def apply(network):
+    """The compiled forward pass, compiled once for all tests with the same shapes."""
+    return jax.jit(lambda params, *args: network(params, *args))
+
+
+def inputs(batch=2, channels=9):
+    keys = jax.random.split(jax.random.key(7), 4)
+    x = jax.random.normal(keys[0], (batch, 2, 4, 4, channels))
+    t = jnp.linspace(0.2, 0.9, batch)
+    text = jax.random.normal(keys[1], (batch, 6, 12))
+    mask = jnp.arange(6)[None] < jnp.array([6, 3, 0, 4])[:batch, None]
+    return [x, t, text, mask, jax.random.normal(keys[2], (batch, 12))]
+
+
+def test_a_fresh_network_predicts_zero(network, apply):
+    params = network.init(jax.random.key(0))
+    assert jnp.abs(params["double_blocks"]["text"]["qkv"]["kernel"]).min() > 0
+    out = apply(params, *inputs())
+    assert out.shape == (2, 2, 4, 4, 4) and out.dtype == jnp.float32
+    assert not out.any()
+
+
+def test_batch_composition_does_not_matter(apply, params):
+    args = inputs(4)  # the third row has no text at all
+    together = apply(params, *args)
+    alone = jnp.concatenate([apply(params, *(a[i : i + 1] for a in args)) for i in range(4)])
+    assert jnp.isfinite(together).all()
+    np.testing.assert_allclose(together, alone, atol=2e-5)
+
+
+def test_padded_text_changes_nothing(apply, params):
+    x, t, text, mask, pooled = inputs()
+    out = apply(params, x, t, text, mask, pooled)
+    garbage = jnp.where(mask[:, :, None], text, 1e3)
+    np.testing.assert_allclose(apply(params, x, t, garbage, mask, pooled), out, atol=1e-5)
+    short = apply(params, *(a[1:, :3] if a.shape[:2] == (2, 6) else a[1:] for a in (x, t, text, mask, pooled)))
+    np.testing.assert_allclose(short, out[1:], atol=2e-5)
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_every_input_matters(apply, params, which):
+    args = inputs()
+    out = apply(params, *args)
+    changed = args.copy()
+    changed[which] = ~args[3] if which == 3 else args[which] * 0.5
+    assert jnp.abs(apply(params, *changed) - out).max() > 1e-3
+
+
+def test_positions_matter_to_video_tokens(apply, params):
+    x, *rest = inputs()
+    flipped = apply(params, x[:, :, ::-1], *rest)[:, :, ::-1]
+    assert jnp.abs(flipped - apply(params, x, *rest)).max() > 1e-3
+
+
+def test_scan_applies_the_blocks_in_order(network, params):
+    """A network cut after two of three single blocks gives the outputs of the first two."""
+    _, names = jax.jit(lambda p: network(p, *inputs(), intermediates=True))(params)
+    assert names["double_blocks.video"].shape == (2, 2, 8, 16)
+    assert names["double_blocks.text"].shape == (2, 2, 6, 16)
+    assert names["single_blocks"].shape == (3, 2, 14, 16)
+    depth = 2
+    shallow = Network.create(MMDiT, dataclasses.replace(CONFIG, single_blocks=depth))
+    cut = params | {"single_blocks": jax.tree.map(lambda a: a[:depth], params["single_blocks"])}
+    _, cut_names = jax.jit(lambda p: shallow(p, *inputs(), intermediates=True))(cut)
+    np.testing.assert_allclose(cut_names["single_blocks"], names["single_blocks"][:depth], atol=1e-5)
+    assert jnp.abs(names["single_blocks"][2] - names["single_blocks"][1]).max() > 1e-3
+
+
+def test_program_size_does_not_grow_with_depth():
+    def size(depth):
+        config = dataclasses.replace(debug(), double_blocks=depth, single_blocks=depth, refiner_blocks=depth)
+        net = Network.create(MMDiT, config)
+        return len(str(jax.make_jaxpr(lambda p: net(p, *inputs()))(net.abstract_params)).splitlines())
+
+    assert size(8) == size(2)
+
+
+def test_recomputation_leaves_gradients_alone(params):
+    def gradients(remat):
+        net = Network.create(MMDiT, dataclasses.replace(CONFIG, remat=remat))
+        return flatten(jax.jit(jax.grad(lambda p: jnp.square(net(p, *inputs()) - 1).mean()))(params))
+
+    want = gradients("none")
+    assert all(jnp.abs(leaf).max() > 0 for leaf in want.values())
+    for remat in ("full", "dots"):
+        for path, leaf in gradients(remat).items():
+            np.testing.assert_allclose(leaf, want[path], atol=1e-4 * (1e-3 + float(jnp.abs(leaf).max())), err_msg=path)
+
+
+def test_bfloat16_is_close_to_float32(apply, params):
+    half = Network.create(MMDiT, dataclasses.replace(CONFIG, compute_dtype="bfloat16"))
+    want, got = apply(params, *inputs()), jax.jit(lambda p: half(p, *inputs()))(params)
+    assert got.dtype == jnp.float32
+    assert jnp.abs(got - want).mean() < 0.05 * jnp.abs(want).mean()
+
+
+def test_wrong_inputs_are_named(network, params):
+    with pytest.raises(UserError, match="9 input channels"):
+        network(params, *inputs(channels=4))
+    with pytest.raises(UserError, match="guidance"):
+        network(params, *inputs(), guidance=jnp.ones(2))
+    with pytest.raises(UserError, match="rope_axes"):
+        dataclasses.replace(CONFIG, rope_axes=(2, 2, 2))
+
+
+def test_guidance_is_an_input_where_the_config_has_it():
+    net = Network.create(MMDiT, dataclasses.replace(CONFIG, guidance_embedding=True))
+    params = random_params(net)
+    forward = jax.jit(lambda p, g: net(p, *inputs(), guidance=g))
+    low, high = (forward(params, jnp.full(2, g)) for g in (1.0, 6.0))
+    assert jnp.abs(low - high).max() > 1e-3
+
+
+def test_velocity_functions_of_both_predictions_agree(network, apply, params):
+    """A network that predicts x0 gives the velocity that leads from x to its output."""
+    x, t, text, mask, pooled = inputs(channels=4)
+    known, known_mask = conditioning.known_latents(x, 1, 2)
+    cond = conditioning.Conditioning(
+        text=text, text_mask=mask, pooled=pooled, known=known, mask=known_mask, image_tokens=0
+    )
+    out = jax.jit(velocity_fn(network, params))(x, t, cond)
+    np.testing.assert_allclose(
+        out, apply(params, jnp.concatenate([x, known, known_mask], -1), t, text, mask, pooled), atol=1e-6
+    )
+    sample = Network.create(MMDiT, dataclasses.replace(CONFIG, prediction="sample"))
+    velocity = jax.jit(velocity_fn(sample, params))(x, t, cond)
+    np.testing.assert_allclose(flow.sample_from_velocity(x, t, velocity), out, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sharding_rules_fit_every_size(size):
+    leaves = flatten(Network.create(MMDiT, SIZES[size]()).abstract_params)
+    for path, leaf in leaves.items():
+        spec = next((spec for pattern, spec in SHARDING_RULES if re.search(pattern, path)), ())
+        assert len(spec) <= leaf.ndim, path
+        if leaf.size > 2**20:
+            assert "fsdp" in spec, path
+
+
+def test_published_size_and_debug_size():
+    parameters = {name: count(Network.create(MMDiT, size()).abstract_params) for name, size in SIZES.items()}
+    assert parameters["debug"] < 30_000
+    assert parameters["hunyuan_13b"] == pytest.approx(12.8e9, rel=0.01)

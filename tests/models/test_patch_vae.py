@@ -1,0 +1,101 @@
+"""The light VAE: shapes, exact folding, causality in time, and that it learns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from magic141_jax.errors import UserError
+from magic141_jax.models import patch_vae
+from magic141_jax.models.network import Network
+from magic141_jax.models.patch_vae import PatchVAE, PatchVAEConfig
+
+TINY = PatchVAEConfig(latent_channels=4, widths=(8, 12), encoder_blocks=(1, 1), decoder_blocks=(1, 1))
+
+
+@pytest.fixture(scope="module")
+def network():
+    return Network.create(PatchVAE, TINY)
+
+
+@pytest.fixture(scope="module")
+def params(network):
+    """Random parameters, the zero-initialised outputs included."""
+    drawn = network.init(jax.random.key(0))
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), drawn)
+
+
+def clip(frames, size=16, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, (2, frames, size, size, 3)), jnp.float32)
+
+
+@pytest.mark.parametrize(("frames", "latents"), [(1, 1), (5, 2), (17, 5)])
+def test_shapes(network, params, frames, latents):
+    mean, logvar = network(params, clip(frames), method="encode")
+    assert mean.shape == logvar.shape == (2, latents, 2, 2, 4)
+    assert network(params, mean, method="decode").shape == (2, frames, 16, 16, 3)
+
+
+def test_folding_is_undone_exactly():
+    x = clip(8)
+    np.testing.assert_array_equal(patch_vae._unfold(patch_vae._fold(x, 4, 4), 4, 4), x)
+
+
+def test_encoder_and_decoder_are_causal(network, params):
+    x = clip(17)
+    whole, _ = network(params, x, method="encode")
+    prefix, _ = network(params, x[:, :9], method="encode")
+    np.testing.assert_allclose(whole[:, :3], prefix, atol=1e-5)
+    np.testing.assert_allclose(
+        network(params, whole, method="decode")[:, :9], network(params, whole[:, :3], method="decode"), atol=1e-5
+    )
+
+
+def test_later_frames_do_depend_on_earlier_ones(network, params):
+    x = clip(5)
+    changed, _ = network(params, x.at[:, 0].add(0.5), method="encode")
+    mean, _ = network(params, x, method="encode")
+    assert jnp.abs(changed[:, 1] - mean[:, 1]).max() > 1e-4
+
+
+def test_normalised_latents_round_trip():
+    normed = PatchVAEConfig(**{**vars(TINY), "latent_mean": (0.5,) * 4, "latent_std": (2.0,) * 4})
+    plain, scaled = Network.create(PatchVAE, TINY), Network.create(PatchVAE, normed)
+    params = plain.init(jax.random.key(1))
+    frames = (clip(5) + 1) / 2
+    raw = plain(params, frames, method="encode_latents")
+    latents = scaled(params, frames, method="encode_latents")
+    np.testing.assert_allclose(latents, (raw - 0.5) / 2, atol=1e-5)
+    np.testing.assert_allclose(
+        scaled(params, latents, method="decode_latents"), plain(params, raw, method="decode_latents"), atol=1e-4
+    )
+
+
+def test_it_learns_to_reconstruct(network):
+    params = network.init(jax.random.key(2))
+    target = jnp.tile(jnp.linspace(-1, 1, 16)[None, None, :, None, None], (2, 5, 1, 16, 3))
+    optimizer = optax.adam(3e-3)
+
+    @jax.jit
+    def step(params, state):
+        def loss(p):
+            return jnp.mean((network(p, network(p, target, method="encode")[0], method="decode") - target) ** 2)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(params, updates), state, value
+
+    state = optimizer.init(params)
+    values = []
+    for _ in range(150):
+        params, state, value = step(params, state)
+        values.append(float(value))
+    assert values[-1] < 0.05 * values[0]
+
+
+def test_illegal_sizes_name_the_nearest_legal_ones(network, params):
+    with pytest.raises(UserError, match="nearest are 5 and 9"):
+        network(params, clip(7), method="encode")
+    with pytest.raises(UserError, match="nearest is 16x16"):
+        network(params, clip(5, size=17), method="encode")
