@@ -3,6 +3,8 @@ import sys
 
 import pytest
 
+from magic141_jax.data.cache import Cache
+
 MODULE = "magic141_jax.data.__main__"
 
 
@@ -36,6 +38,10 @@ def call(monkeypatch, capsys):
         (("prepare", "nowhere", "DST"), "no folder or manifest nowhere"),
         (("prepare", "SRC", "SRC"), "not a prepared data set"),
         (("prepare", "emoji", "DST", "--size", "64x32"), "square"),
+        (("prepare", "emoji:trian", "DST"), "Did you mean 'train'"),
+        (("prepare", "emoji", "DST", "--fps", "24"), "8 frames a second"),
+        (("prepare", "emoji", "DST", "--pack", "nowhere.zip"), "no emoji pack"),
+        (("prepare", "SRC", "DST"), "no clip could be kept: the source is empty"),
         (("prepare", "tfds:no_such_set_here", "DST"), "no data set 'no_such_set_here'"),
     ],
 )
@@ -47,6 +53,15 @@ def test_mistakes_are_one_line_and_exit_2(call, tmp_path, arguments, message):
     assert code == 2 and message in stderr
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["SRC"]
+
+
+def test_emoji_are_composed(call, tmp_path):
+    code, stderr = call("prepare", "emoji", tmp_path / "out", "--limit", "3", "--num_frames", "5")
+    assert code == 0, stderr
+    cache = Cache(tmp_path / "out")
+    assert len(cache.source("images")) == len(cache.source("videos")) == 3
+    assert cache.source("videos")[0]["frames"].shape == (5, 64, 64, 3)
+    assert "anchor" in cache.source("images")[0]
 
 
 def test_a_good_run_ends_with_0(call, clip_folder, tmp_path):
