@@ -28,9 +28,9 @@ from magic141_jax.errors import UserError, nearest
 from magic141_jax.models import MODELS, image_encoder, mmdit, patch_vae
 from magic141_jax.models.discriminator import Discriminator, DiscriminatorConfig
 from magic141_jax.models.network import Network
-from magic141_jax.pipelines.components import SamplingSettings
+from magic141_jax.pipelines.components import SamplingSettings, load_model
 from magic141_jax.pytree import Params, flatten, require_match
-from magic141_jax.train import loop, optim, streams
+from magic141_jax.train import loop, optim, preview, streams
 from magic141_jax.train.autoencoding import VAE, Autoencoding, AutoencodingConfig, as_float
 from magic141_jax.train.checkpoint import Checkpoints
 from magic141_jax.train.flow_matching import FlowMatching, FlowMatchingConfig, NullText
@@ -42,6 +42,9 @@ from magic141_jax.train.step import make_step
 RULES = (*mmdit.SHARDING_RULES, *image_encoder.SHARDING_RULES, *patch_vae.SHARDING_RULES)
 MAY_CHANGE = ("train.", "mesh.", "data.threads", "sampling.", "components_from")
 STATISTICS_BATCHES = 16
+PREVIEW_CLIPS = 4
+# Networks whose training starts from a fit to clips in [-1, 1]: (parameters, frames) -> parameters
+DATA_STARTS = {"patch_vae": patch_vae.fit_shortcut}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,37 +200,50 @@ class Experiment:
         placed = sharding.shardings(abstract, self.mesh, RULES)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
 
+    @property
+    def layout(self) -> TrainState:
+        """The shardings of the training state."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract_state)
+
     def initial_state(self) -> TrainState:
-        """The state before the first step, laid over the mesh; parameters from `init_from` where it is given."""
-        layout = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        """The state before the first step, laid over the mesh.
+
+        Parameters are those of `init_from` where it is given, else fresh ones, fitted to the data where the network
+        has such a start.
+        """
         key = jax.random.key(self.config.seed)
-        if not self.config.init_from:
-            return jax.jit(lambda: self._state(self.method.init(key)), out_shardings=layout)()
-        params = jax.device_put(self._initial_params(), layout.params)
-        return jax.jit(self._state, out_shardings=layout)(params)
+        fit = None if self.config.init_from else DATA_STARTS.get(self.config.model["model"])
+        clips = getattr(self.method.config, "init_clips", 0)
+        if self.config.init_from:
+            params = self._loaded_params()
+        elif fit is not None and clips:
+            params = self.method.init(key)
+            params[VAE] = fit(params[VAE], self._clips(clips))
+        else:
+            return jax.jit(lambda: self._state(self.method.init(key)), out_shardings=self.layout)()
+        return jax.jit(self._state, out_shardings=self.layout)(jax.device_put(params, self.layout.params))
 
     def batches(self) -> Any:
         """The run's batches of host arrays."""
         return streams.make_batches(self.config.data, seed=self.config.seed, shape=record_shape(self.config))
 
-    def train(self, *, progress: bool = True, callback: Any = None) -> loop.Result:
+    def train(self, *, progress: bool = True) -> loop.Result:
         """Trains to the end or to a stop signal, from the last checkpoint of the work folder if there is one."""
         config = self.config
         self._remember_config()
-        layout = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-        step = make_step(self.method, self.optimizers, accumulate=config.train.accumulate, layout=layout)
+        step = make_step(self.method, self.optimizers, accumulate=config.train.accumulate, layout=self.layout)
         checkpoints = Checkpoints(self.workdir / "checkpoints", keep=config.train.keep)
         writer = MetricWriter(self.workdir, steps=config.train.steps, progress=progress)
         try:
             return loop.fit(
                 step,
-                self.initial_state(),
+                self.initial_state() if checkpoints.latest is None else self.abstract_state,
                 self.batches(),
                 config=config.train,
                 checkpoints=checkpoints,
                 writer=writer,
                 place=lambda batch: sharding.shard_batch(streams.arrays(batch), self.mesh),
-                callback=callback,
+                callback=self._preview(writer),
             )
         finally:
             writer.close()
@@ -269,7 +285,35 @@ class Experiment:
     def _state(self, params: dict[str, Params]) -> TrainState:
         return TrainState.create(params, self.optimizers, seed=self.config.seed)
 
-    def _initial_params(self) -> dict[str, Params]:
+    def _preview(self, writer: MetricWriter) -> Any:
+        """The loop's callback that shows sample videos; None if none are asked for or no VAE is there to decode."""
+        config = self.config
+        if not config.train.sample_every or not config.data.video_batch:
+            return None
+        record = {k: v[:PREVIEW_CLIPS] for k, v in streams.arrays(next(self.batches()))["video"].items()}
+        if isinstance(self.method, Autoencoding):
+            draw = preview.reconstruction(self.method)
+        elif (Path(config.components_from) / "vae").is_dir() and config.components_from:
+            vae, params = load_model(Path(config.components_from) / "vae")
+            draw = preview.generation(self.method, vae, params, seed=config.seed)
+        else:
+            logging.warning("train.sample_every is set, but components_from has no VAE to decode samples with")
+            return None
+
+        def callback(state: TrainState, step: int) -> None:
+            writer.video(step, "samples", np.asarray(draw(state.averaged(), record)), round(config.data.fps))
+
+        return callback
+
+    def _clips(self, count: int) -> jax.Array:
+        """The first `count` clips of the run's videos (of its images if it has none), in [-1, 1]."""
+        part = "video" if self.config.data.video_batch else "image"
+        batches, clips = self.batches(), []
+        while sum(len(x) for x in clips) < count:
+            clips.append(next(batches)[part]["frames"])
+        return 2 * as_float(jnp.asarray(np.concatenate(clips)[:count])) - 1
+
+    def _loaded_params(self) -> dict[str, Params]:
         """Fresh parameters with the components that `init_from` has put in their places."""
         folder = Path(self.config.init_from)
         if not folder.is_dir():
