@@ -9,7 +9,6 @@ SRC is a folder with captions.csv or captions.jsonl, a manifest (.jsonl), `tfds:
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from magic141_jax.data.emoji import DEFAULT_PACK, EmojiClips, EmojiConfig, Emoji
 from magic141_jax.data.prepare import Encoders, prepare
 from magic141_jax.data.sources import FileClips, Joined, Source, TfdsClips
 from magic141_jax.errors import UserError, run_entry_point
+from magic141_jax.pipelines.components import TEXT_ENCODERS, find_folder, load_model
 from magic141_jax.settings import build
 
 DEFAULTS = {"height": 64, "width": 64, "num_frames": 17, "fps": 8.0}
@@ -142,16 +142,14 @@ def _open_emoji(args: argparse.Namespace, buckets: tuple[Bucket, ...], split: st
 def _load_encoders(folder: str) -> tuple[Encoders, dict[str, Any], tuple[int, int], str]:
     """The encoders of a weights folder, the sizes it was made for, its (spatial, temporal) factors and its digest.
 
-    Only vae/ and text_encoder/ are read, so that latents can be made before there is a transformer. The networks are
-    imported by name, since pixels are prepared without them.
+    Only vae/ and text_encoder/ are read, so that latents can be made before there is a transformer.
     """
-    components = importlib.import_module("magic141_jax.pipelines.components")
-    path = components.find_folder(folder)
-    network, params = components.load_model(path / "vae")
+    path = find_folder(folder)
+    network, params = load_model(path / "vae")
     kind = weights.read_json(path / "text_encoder" / "config.json").get("model")
-    if kind not in components.TEXT_ENCODERS:
-        raise UserError(f"{path / 'text_encoder'} holds {kind!r}; known are {', '.join(components.TEXT_ENCODERS)}")
-    text_encoder = components.TEXT_ENCODERS[kind](path / "text_encoder")
+    if kind not in TEXT_ENCODERS:
+        raise UserError(f"{path / 'text_encoder'} holds {kind!r}; known are {', '.join(TEXT_ENCODERS)}")
+    text_encoder = TEXT_ENCODERS[kind](path / "text_encoder")
 
     @jax.jit
     def encode(params: Any, frames: jax.Array) -> jax.Array:

@@ -93,7 +93,7 @@ def prepare(
         report.left_out.append(LeftOut(f"{len(source) - len(order)} items", "not drawn", f"--limit {limit}"))
     with cache.writing(target, overwrite=overwrite) as writer:
         writer.metadata = {"kind": "latent" if encoders else "raw", **metadata}
-        bar = tqdm(order, unit="clip", disable=not progress or not len(order), dynamic_ncols=True)
+        bar = tqdm(order, unit="clip", disable=not progress or not len(order), dynamic_ncols=True, mininterval=1)
         for group, bucket, record in _records(_usable(source, bar, report), encoders, report):
             writer.add(group, bucket, record)
             report.kept[group, bucket] += 1

@@ -1,6 +1,8 @@
+import json
 import runpy
 import sys
 
+import numpy as np
 import pytest
 
 from magic141_jax.data.cache import Cache
@@ -62,6 +64,18 @@ def test_emoji_are_composed(call, tmp_path):
     assert len(cache.source("images")) == len(cache.source("videos")) == 3
     assert cache.source("videos")[0]["frames"].shape == (5, 64, 64, 3)
     assert "anchor" in cache.source("images")[0]
+
+
+def test_weights_give_latents_of_the_sizes_they_were_made_for(call, clip_folder, tmp_path, weights_folder):
+    code, stderr = call("prepare", clip_folder, tmp_path / "out", "--weights", weights_folder, "--num_frames", "5")
+    assert code == 0, stderr
+    cache = Cache(tmp_path / "out")
+    record, null = cache.source("videos")[0], cache.null_text()
+    sampling = json.loads((weights_folder / "model_index.json").read_text())["sampling"]
+    assert record["latents"].shape[:3] == (2, sampling["height"] // 8, sampling["width"] // 8)
+    assert np.abs(record["latents"]).max() > 0
+    assert {k: (v.shape, v.dtype) for k, v in null.items()} == {k: (record[k].shape, record[k].dtype) for k in null}
+    assert record["text_mask"].sum() > null["text_mask"].sum()
 
 
 def test_a_good_run_ends_with_0(call, clip_folder, tmp_path):
