@@ -332,7 +332,7 @@ class Experiment:
         return fresh
 
     def _with_statistics(self, config: Any, params: Params) -> Any:
-        """The VAE's config with the means and the deviation of its latents on the data; diffusion sees unit variance."""
+        """The VAE's config with the means and the deviation of its latents on the data: diffusion sees unit size."""
         network = Network.create(MODELS[self.config.model["model"]][1], config)
         encode = jax.jit(lambda p, frames: network(p, 2 * as_float(frames) - 1, method="encode")[0])
         batches, sums = self.batches(), []
