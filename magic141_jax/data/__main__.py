@@ -9,8 +9,8 @@ SRC is a folder with captions.csv or captions.jsonl, a manifest (.jsonl), `tfds:
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,15 +18,17 @@ import jax
 import numpy as np
 
 from magic141_jax import weights
-from magic141_jax.data import cache
+from magic141_jax.data import cache, emoji_pack
 from magic141_jax.data.buckets import Bucket, make_buckets, parse_size
+from magic141_jax.data.emoji import DEFAULT_PACK, EmojiClips, EmojiConfig, EmojiPack
 from magic141_jax.data.prepare import Encoders, prepare
-from magic141_jax.data.sources import FileClips, Source, TfdsClips
+from magic141_jax.data.sources import FileClips, Joined, Source, TfdsClips
 from magic141_jax.errors import UserError, run_entry_point
+from magic141_jax.pipelines.components import TEXT_ENCODERS, find_folder, load_model
+from magic141_jax.settings import build
 
 DEFAULTS = {"height": 64, "width": 64, "num_frames": 17, "fps": 8.0}
-EMOJI_PACK = Path("datasets/emoji/emoji.zip")
-EMOJI_LENGTH = 10_000
+EMOJI_FPS = 8.0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,24 +57,27 @@ def _parser() -> _Parser:
         "--weights", metavar="DIR", help="store latents and text states made by this folder's vae and text_encoder"
     )
     made.add_argument(
-        "--limit", type=int, metavar="N", help="use at most N clips, drawn by --seed (emoji: N clips are composed)"
+        "--limit",
+        type=int,
+        metavar="N",
+        help="use at most N clips, drawn by --seed (emoji: N of each kind are composed)",
     )
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--overwrite", action="store_true", help="replace a prepared data set at DST")
     made.add_argument("--frames_key", help="tfds: feature with the frames")
     made.add_argument("--text_key", help="tfds: feature with the caption or label")
     made.add_argument("--data_dir", type=Path, help="tfds: where its data sets are kept")
-    made.add_argument("--pack", type=Path, default=EMOJI_PACK, help="emoji: the pack (default %(default)s)")
-    made.add_argument("--kind", choices=("video", "image"), default="video", help="emoji: what to compose")
+    made.add_argument("--pack", type=Path, default=DEFAULT_PACK, help="emoji: the pack (default %(default)s)")
+    made.add_argument("--kind", choices=("both", "video", "image"), default="both", help="emoji: what to compose")
     pack = commands.add_parser("emoji-pack", help="make the emoji pack from the unpacked npm packages")
     pack.add_argument("source", metavar="FOLDER", type=Path)
     pack.add_argument("target", metavar="TARGET", type=Path)
     return parser
 
 
-def main() -> None:
-    """Parses the command line and runs the command."""
-    args = _parser().parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the command line (or `arguments`) and runs the command."""
+    args = _parser().parse_args(arguments)
     COMMANDS[args.command](args)
 
 
@@ -82,19 +87,19 @@ def _prepare(args: argparse.Namespace) -> None:
         if value is not None and not (low <= value < 2**31 and math.isfinite(value)):
             raise UserError(f"--{name} is {value}; it must be {low} or more")
     cache.check_target(args.target, overwrite=args.overwrite)
-    encoders, settings, factors = _load_encoders(args.weights) if args.weights else (None, DEFAULTS, (8, 4))
+    metadata: dict[str, Any] = {"source": args.source, "seed": args.seed}
+    encoders, settings, factors = None, DEFAULTS, (8, 4)
+    if args.weights:
+        encoders, settings, factors, metadata["weights"] = _load_encoders(args.weights)
     fps = settings["fps"] if args.fps is None else args.fps
     sizes = [parse_size(text) for text in args.size] if args.size else [(settings["height"], settings["width"])]
     lengths = args.num_frames or [settings["num_frames"]]
     buckets = make_buckets(sizes, lengths, spatial=factors[0], temporal=factors[1])
     source, limit = _open_source(args, buckets, fps or None)
-    metadata = {"fps": fps or None, "source": args.source, "seed": args.seed}
-    if args.weights:
-        metadata["weights"] = weights.digest(Path(args.weights))
     report = prepare(
         source,
         args.target,
-        metadata=metadata,
+        metadata={**metadata, "fps": fps or None},
         encoders=encoders,
         limit=limit,
         seed=args.seed,
@@ -121,35 +126,30 @@ def _open_source(args: argparse.Namespace, buckets: tuple[Bucket, ...], fps: flo
 
 
 def _open_emoji(args: argparse.Namespace, buckets: tuple[Bucket, ...], split: str, fps: float | None) -> Source:
-    """Composed emoji clips: one square size and one length."""
+    """Composed emoji clips: one square size and one length, at the pack's own frame rate."""
     if len(buckets) != 1 or buckets[0].height != buckets[0].width:
         raise UserError("emoji clips are square and of one length; give one --size N and one --num_frames N")
-    emoji = importlib.import_module("magic141_jax.data.emoji")
-    return emoji.EmojiClips(
-        args.pack,
-        size=buckets[0].height,
-        num_frames=buckets[0].num_frames,
-        fps=fps or DEFAULTS["fps"],
-        split=split,
-        seed=args.seed,
-        length=args.limit or EMOJI_LENGTH,
-        kind=args.kind,
-    )
+    if fps != EMOJI_FPS:
+        raise UserError(f"emoji clips have {EMOJI_FPS:g} frames a second; leave --fps out")
+    pack = EmojiPack(args.pack)
+    shape = {"size": buckets[0].height, "num_frames": buckets[0].num_frames, "split": split, "seed": args.seed}
+    length = args.limit or EmojiConfig.length
+    kinds = ("video", "image") if args.kind == "both" else (args.kind,)
+    configs = [build(EmojiConfig, {**shape, "kind": kind, "length": length}, where="emoji") for kind in kinds]
+    return Joined([EmojiClips(config, pack) for config in configs])
 
 
-def _load_encoders(folder: str) -> tuple[Encoders, dict[str, Any], tuple[int, int]]:
-    """The encoders of a weights folder, the sizes it was made for, and its (spatial, temporal) factors.
+def _load_encoders(folder: str) -> tuple[Encoders, dict[str, Any], tuple[int, int], str]:
+    """The encoders of a weights folder, the sizes it was made for, its (spatial, temporal) factors and its digest.
 
-    Only vae/ and text_encoder/ are read, so that latents can be made before there is a transformer. The networks are
-    imported by name, since pixels are prepared without them.
+    Only vae/ and text_encoder/ are read, so that latents can be made before there is a transformer.
     """
-    components = importlib.import_module("magic141_jax.pipelines.components")
-    path = components.find_folder(folder)
-    network, params = components.load_model(path / "vae")
+    path = find_folder(folder)
+    network, params = load_model(path / "vae")
     kind = weights.read_json(path / "text_encoder" / "config.json").get("model")
-    if kind not in components.TEXT_ENCODERS:
-        raise UserError(f"{path / 'text_encoder'} holds {kind!r}; known are {', '.join(components.TEXT_ENCODERS)}")
-    text_encoder = components.TEXT_ENCODERS[kind](path / "text_encoder")
+    if kind not in TEXT_ENCODERS:
+        raise UserError(f"{path / 'text_encoder'} holds {kind!r}; known are {', '.join(TEXT_ENCODERS)}")
+    text_encoder = TEXT_ENCODERS[kind](path / "text_encoder")
 
     @jax.jit
     def encode(params: Any, frames: jax.Array) -> jax.Array:
@@ -163,11 +163,12 @@ def _load_encoders(folder: str) -> tuple[Encoders, dict[str, Any], tuple[int, in
     sampling = weights.read_json(index).get("sampling", {}) if index.exists() else {}
     settings = {key: sampling.get(key, value) for key, value in DEFAULTS.items()}
     factors = network.config.spatial_factor, network.config.temporal_factor
-    return Encoders(lambda frames: encode(params, frames), encode_text), settings, factors
+    digest = weights.digest(path / "vae") + weights.digest(path / "text_encoder")
+    return Encoders(lambda frames: encode(params, frames), encode_text), settings, factors, digest
 
 
 def _emoji_pack(args: argparse.Namespace) -> None:
-    made = importlib.import_module("magic141_jax.data.emoji_pack").build(args.source, args.target)
+    made = emoji_pack.build(args.source, args.target)
     print(", ".join(f"{count} {what}" for what, count in made.items()) + f" in {args.target}")
 
 

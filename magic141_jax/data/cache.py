@@ -11,7 +11,9 @@ frame), caption, tags.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -66,7 +68,7 @@ class CacheWriter:
         key, data = (group, bucket), encode_record(record)
         writer, size = self._open.pop(key, (None, 0))
         if writer and size + len(data) > self.shard_bytes:
-            writer.close()
+            _close(writer)
             writer = None
         if writer is None:
             name, size = f"{group}/{bucket}-{len(shards['files']):05d}.array_record", 0
@@ -86,9 +88,18 @@ class CacheWriter:
             Cache(self.folder).source(group)
 
     def close_shards(self) -> None:
-        """Ends the open shards; needed also where the folder is thrown away."""
+        """Ends the open shards; a full disk shows here, as an OSError."""
         while self._open:
-            self._open.popitem()[1][0].close()
+            _close(self._open.popitem()[1][0])
+
+
+def _close(writer: ArrayRecordWriter) -> None:
+    try:
+        writer.close()
+    except RuntimeError as error:
+        if os.strerror(errno.ENOSPC) in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "an array_record shard") from None
+        raise
 
 
 @contextmanager
@@ -109,11 +120,8 @@ def writing(folder: Path, *, overwrite: bool = False, shard_bytes: int = SHARD_B
         new = temporary / "new"
         new.mkdir()
         writer = CacheWriter(new, shard_bytes)
-        try:
-            yield writer
-            writer.close()
-        finally:
-            writer.close_shards()
+        yield writer
+        writer.close()
         if folder.exists():
             folder.rename(temporary / "old")
         new.rename(folder)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from magic141_jax.data import cache
 from magic141_jax.data.decode import BadClip
 from magic141_jax.data.manifest import LeftOut
-from magic141_jax.data.sources import Sample, Source
+from magic141_jax.data.sources import Sample, Source, item_name
 from magic141_jax.errors import UserError
 
 EXAMPLES = 3
@@ -93,7 +93,7 @@ def prepare(
         report.left_out.append(LeftOut(f"{len(source) - len(order)} items", "not drawn", f"--limit {limit}"))
     with cache.writing(target, overwrite=overwrite) as writer:
         writer.metadata = {"kind": "latent" if encoders else "raw", **metadata}
-        bar = tqdm(order, unit="clip", disable=not progress, dynamic_ncols=True)
+        bar = tqdm(order, unit="clip", disable=not progress or not len(order), dynamic_ncols=True, mininterval=1)
         for group, bucket, record in _records(_usable(source, bar, report), encoders, report):
             writer.add(group, bucket, record)
             report.kept[group, bucket] += 1
@@ -123,10 +123,9 @@ def _usable(source: Source, order: Any, report: Report) -> Iterator[tuple[str, S
         try:
             sample = source[index]
         except BadClip as error:
-            name = source.name(index) if hasattr(source, "name") else f"item {index}"
-            report.left_out.append(LeftOut(name, error.reason, error.detail))
+            report.left_out.append(LeftOut(item_name(source, index), error.reason, error.detail))
             continue
-        yield (source.name(index) if hasattr(source, "name") else f"item {index}"), sample
+        yield item_name(source, index), sample
 
 
 def _records(

@@ -33,6 +33,37 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
+class Joined:
+    """Several sources as one, one after the other."""
+
+    def __init__(self, parts: Sequence[Source]):
+        self.parts = tuple(parts)
+        self.left_out = tuple(item for part in parts for item in getattr(part, "left_out", ()))
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: int) -> Sample:
+        part, index = self._find(index)
+        return part[index]
+
+    def name(self, index: int) -> str:
+        """The part's name for the item."""
+        return item_name(*self._find(index))
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        for part in self.parts:
+            if 0 <= index < len(part):
+                return part, index
+            index -= len(part)
+        raise IndexError(index)
+
+
+def item_name(source: Source, index: int) -> str:
+    """What to call an item in a report: `source.name(index)` where the source has names."""
+    return source.name(index) if hasattr(source, "name") else f"item {index}"
+
+
 class FileClips:
     """Video and image files with captions, cut to buckets."""
 
@@ -145,9 +176,8 @@ def _open_tfds(name: str, split: str, data_dir: Path | None) -> Any:
     try:
         return tfds.data_source(name, split=split, data_dir=data_dir and str(data_dir))
     except tfds.core.DatasetNotFoundError:
-        raise UserError(
-            f"tfds has no data set {name!r}.{nearest(name, tfds.list_builders(with_community_datasets=False))[:200]}"
-        ) from None
+        known = tfds.list_builders(with_community_datasets=False)
+        raise UserError(f"tfds has no data set {name!r}.{nearest(name, known)[:200]}") from None
     except (ImportError, NotImplementedError) as error:
         raise UserError(f"tfds can't give {name!r} without TensorFlow: {error}") from None
     except (ValueError, KeyError, OSError, AssertionError) as error:

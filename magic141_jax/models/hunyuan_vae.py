@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from magic141_jax.models.tiling import Tiling, tiled_decode, tiled_encode
+from magic141_jax.models.tiling import FRAME_TILES, Tiling, tiled_decode, tiled_encode
 from magic141_jax.models.vae import VideoVAE
 from magic141_jax.shapes import Frames, Latents
 
@@ -65,7 +65,7 @@ class HunyuanVAEConfig:
     spatial_factor: int = 8
     temporal_factor: int = 4
     mid_block_add_attention: bool = True
-    tiling: Tiling = Tiling()
+    tiling: Tiling = FRAME_TILES
 
     def __post_init__(self) -> None:
         for channels in self.block_out_channels:
@@ -114,9 +114,7 @@ def causal_conv3d(x: jax.Array, kernel: jax.Array, *, stride: Stride = (1, 1, 1)
 
 
 def _volume(x: jax.Array, kernel: jax.Array, stride: Stride) -> jax.Array:
-    return jax.lax.conv_general_dilated(
-        x, kernel, stride, "VALID", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
-    )
+    return jax.lax.conv_general_dilated(x, kernel, stride, "VALID", dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
 
 
 def _taps(x: jax.Array, kernel: jax.Array, stride: Stride) -> jax.Array:
@@ -189,6 +187,7 @@ class CausalConv3d(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, t, y, x, inputs) -> (b, ..., outputs)."""
         kernel, bias = self.kernel[...], self.bias[...]
         return causal_conv3d(x, kernel, stride=self.stride) + bias.reshape(1, 1, 1, 1, -1)
 
@@ -202,6 +201,7 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, ..., channels) -> the same shape."""
         return group_norm(x, self.scale[...], self.bias[...], self.groups)
 
 
@@ -216,6 +216,7 @@ class ResidualBlock(nnx.Module):
         self.shortcut = nnx.Linear(inputs, outputs, rngs=rngs) if inputs != outputs else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, f, h, w, inputs) -> (b, f, h, w, outputs)."""
         y = self.conv1(nnx.silu(self.norm1(x)))
         y = self.conv2(nnx.silu(self.norm2(y)))
         return y + (x if self.shortcut is None else self.shortcut(x))
@@ -232,6 +233,7 @@ class FrameAttention(nnx.Module):
         self.out = nnx.Linear(channels, channels, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, f, h, w, channels) -> the same shape."""
         b, f, h, w, c = x.shape
         y = self.norm(x).reshape(b, f, h * w, c)
         y = self.out(frame_causal_attention(self.query(y), self.key(y), self.value(y)))
@@ -248,6 +250,7 @@ class MiddleBlock(nnx.Module):
         self.second = ResidualBlock(channels, channels, groups, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, f, h, w, channels) -> the same shape."""
         x = self.first(x)
         if self.attention is not None:
             x = self.attention(x)
@@ -272,6 +275,7 @@ class Level(nnx.Module):
         self.resample = CausalConv3d(outputs, outputs, stride=down, rngs=rngs) if resampled else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, t, y, x, inputs) -> (b, ..., outputs), resampled by the stride."""
         for block in self.blocks:
             x = block(x)
         return x if self.resample is None else self.resample(upsample(x, self.up_stride))
@@ -294,6 +298,7 @@ class Encoder(nnx.Module):
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, t, y, x, 3) -> moments (b, f, h, w, 2 latent_channels)."""
         x = self.conv_in(x)
         for level in self.levels:
             x = level(x)
@@ -317,6 +322,7 @@ class Decoder(nnx.Module):
         self.conv_out = CausalConv3d(widths[-1], 3, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Raw latents (b, f, h, w, latent_channels) -> frames (b, t, y, x, 3)."""
         x = self.middle(self.conv_in(x))
         for level in self.levels:
             x = level(x)

@@ -96,10 +96,10 @@ def hunyuan_13b() -> MMDiTConfig:
 
 
 def emoji() -> MMDiTConfig:
-    """The embedded default at 64x64 pixels, over latents of 32 channels."""
+    """The embedded default at 64x64 pixels, over latents of 48 channels."""
     return MMDiTConfig(
-        in_channels=65,
-        out_channels=32,
+        in_channels=97,
+        out_channels=48,
         width=256,
         heads=4,
         head_width=64,

@@ -8,7 +8,8 @@ of its cost, so that the embedded default decodes 17 frames of 64 x 64 in tens o
 
 A linear shortcut runs beside the blocks at both ends, from a group of 4x8x8 pixels straight to its latent and back:
 the network starts as a linear autoencoder and spends its blocks on what that can't do (the residual autoencoding of
-DC-AE, arXiv 2410.10733).
+DC-AE, arXiv 2410.10733). `fit_shortcut` sets it to the best one, the principal components of the data, which gradient
+descent is slow to find.
 
 A block is a per-frame 3x3 convolution plus a linear map of the previous latent frame (all that makes it causal and
 temporal), then a pointwise MLP: on a CPU a matmul runs about three times faster per operation than a convolution.
@@ -26,11 +27,13 @@ from jaxtyping import Array, Float
 
 from magic141_jax.errors import UserError
 from magic141_jax.models.vae import VideoVAE, latent_frames
+from magic141_jax.pytree import Params
 from magic141_jax.shapes import Frames, Latents
 
 PATCH = 4  # pixels and frames of one patch
 LOGVAR_RANGE = (-20.0, 10.0)
-FIRST_LOGVAR = -4.0  # a fresh posterior is narrow, or its noise would hide the picture
+FIRST_LOGVAR = -6.0  # a fresh posterior is narrow, or its noise would hide the picture
+MAX_GROUPS = 1 << 17  # enough to fit principal components on
 ZEROS = nnx.initializers.zeros
 
 SHARDING_RULES = ((r".*\.(expand|embed|fold)\.kernel", (None, "tensor")), (r".*\.contract\.kernel", ("tensor", None)))
@@ -40,7 +43,7 @@ SHARDING_RULES = ((r".*\.(expand|embed|fold)\.kernel", (None, "tensor")), (r".*\
 class PatchVAEConfig:
     """Sizes of a `PatchVAE`; latent_mean and latent_std hold one number per channel, or one for all."""
 
-    latent_channels: int = 32
+    latent_channels: int = 48
     widths: tuple[int, int] = (96, 192)  # at 1/4 and at 1/8 of the resolution
     encoder_blocks: tuple[int, int] = (1, 2)
     decoder_blocks: tuple[int, int] = (2, 2)
@@ -89,7 +92,7 @@ class PatchVAE(VideoVAE):
         self.encoder_shortcut = nnx.Linear(4 * pixels, config.latent_channels, rngs=rngs)
         self.to_latent = nnx.Linear(coarse, 2 * config.latent_channels, kernel_init=ZEROS, rngs=rngs)
         self.to_latent.bias[...] = jnp.repeat(jnp.array([0.0, FIRST_LOGVAR]), config.latent_channels)
-        self.decoder_shortcut = nnx.Linear(config.latent_channels, 4 * pixels, use_bias=False, rngs=rngs)
+        self.decoder_shortcut = nnx.Linear(config.latent_channels, 4 * pixels, rngs=rngs)
         self.from_latent = nnx.Conv(config.latent_channels, coarse, (3, 3), rngs=rngs)
         self.decoder_coarse = blocks(config.decoder_blocks[1], coarse)
         self.unfold = nnx.Linear(coarse, 4 * fine, rngs=rngs)
@@ -129,6 +132,26 @@ class PatchVAE(VideoVAE):
             x = block(x)
         frames = _unfold(self.to_pixels(x), PATCH, PATCH) + _unfold(self.decoder_shortcut(raw), PATCH, 2 * PATCH)
         return frames[:, PATCH - 1 :]
+
+
+def fit_shortcut(params: Params, frames: Frames) -> Params:
+    """Returns `params` with the linear shortcuts set to the principal components of `frames` in [-1, 1].
+
+    Component i with variance v_i gets latents of standard deviation (v_i / v_0)^(1/4): halfway between whitened
+    latents, which would make fine detail as loud as the picture, and plain ones, which would drown it in noise.
+    """
+    groups = _fold(frames[:, 1:], PATCH, 2 * PATCH).reshape(-1, 3 * PATCH * (2 * PATCH) ** 2)
+    groups = groups[:MAX_GROUPS]
+    mean = groups.mean(0)
+    variances, vectors = jnp.linalg.eigh(jnp.cov(groups, rowvar=False))
+    count = params["encoder_shortcut"]["kernel"].shape[1]
+    variances, vectors = variances[::-1][:count], vectors[:, ::-1][:, :count]
+    gain = (variances * variances[0]) ** -0.25  # to latents of the stated deviation
+    kernel = vectors * gain[None, :]
+    return params | {
+        "encoder_shortcut": {"kernel": kernel, "bias": -mean @ kernel},
+        "decoder_shortcut": {"kernel": (vectors / gain[None, :]).T, "bias": mean},
+    }
 
 
 def _fold(x: Array, time: int, space: int) -> Array:

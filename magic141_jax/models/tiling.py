@@ -52,6 +52,7 @@ class Tiling:
                 raise UserError(f"tiling needs 0 < stride <= tile; {names} are {stride} and {tile}")
 
 
+FRAME_TILES = Tiling()
 WHOLE = Tiling(frames=None)
 
 
@@ -126,9 +127,7 @@ def _require_multiples(tiling: Tiling, spatial_factor: int, temporal_factor: int
             raise UserError(f"tiling.{name} is {value}; it must be a multiple of {factor} for this VAE")
 
 
-def _cuts(
-    n: int, tile: int | None, stride: int, total: int, *, out: Callable[[int], int], context: int = 0
-) -> _Cuts:
+def _cuts(n: int, tile: int | None, stride: int, total: int, *, out: Callable[[int], int], context: int = 0) -> _Cuts:
     """Cuts an axis of n input positions, or leaves it whole when `tile` is None; `out` maps a length to the output."""
     if tile is None:
         return _Cuts((0,), n, total, 0, total)
@@ -138,56 +137,32 @@ def _cuts(
 
 
 def _tiled(function: Callable[[jax.Array], jax.Array], x: jax.Array, cuts: tuple[_Cuts, _Cuts, _Cuts]) -> jax.Array:
-    """Runs `function` on every tile of x (b, time, y, x, c) and joins the results."""
+    """Runs `function` on every tile of x (b, time, y, x, c) and joins the results: in space within each clip first."""
     time, rows, columns = cuts
-    if all(len(axis.starts) == 1 for axis in cuts):
+    clips = [jax.lax.slice_in_dim(x, s, min(s + time.length, x.shape[TIME]), axis=TIME) for s in time.starts]
+    return _join_time(_run(lambda clip: _tiled_space(function, clip, rows, columns), clips), time)
+
+
+def _tiled_space(function: Callable[[jax.Array], jax.Array], x: jax.Array, rows: _Cuts, columns: _Cuts) -> jax.Array:
+    """Blends every tile with its already blended neighbours above and to the left, and joins them."""
+    index = list(itertools.product(range(len(rows.starts)), range(len(columns.starts))))
+    if len(index) == 1:
         return function(x)
-    tiles = {
-        index: x[
-            :,
-            time.starts[index[0]] : time.starts[index[0]] + time.length,
-            rows.starts[index[1]] : rows.starts[index[1]] + rows.length,
-            columns.starts[index[2]] : columns.starts[index[2]] + columns.length,
-        ]
-        for index in itertools.product(*(range(len(axis.starts)) for axis in cuts))
-    }
-    done = _run(function, tiles)
-    clips = [_join_space(done, i, rows, columns) for i in range(len(time.starts))]
-    return _join_time(clips, time)
-
-
-def _run(function: Callable[[jax.Array], jax.Array], tiles: dict[tuple, jax.Array]) -> dict[tuple, jax.Array]:
-    """Applies `function` to every tile, one compiled body per distinct shape."""
-    groups: dict[tuple[int, ...], list[tuple]] = {}
-    for index, tile in tiles.items():
-        groups.setdefault(tile.shape, []).append(index)
-    done = {}
-    for indices in groups.values():
-        if len(indices) == 1:
-            done[indices[0]] = function(tiles[indices[0]])
-            continue
-        results = jax.lax.map(function, jnp.stack([tiles[index] for index in indices]))
-        done.update({index: results[n] for n, index in enumerate(indices)})
-    return done
-
-
-def _join_space(done: dict[tuple, jax.Array], i: int, rows: _Cuts, columns: _Cuts) -> jax.Array:
-    """Blends each tile of time step i with its already blended neighbours above and to the left, and joins them."""
-    if len(rows.starts) == len(columns.starts) == 1:
-        return done[i, 0, 0]
+    tiles = [
+        x[:, :, rows.starts[j] : rows.starts[j] + rows.length, columns.starts[k] : columns.starts[k] + columns.length]
+        for j, k in index
+    ]
     blended: dict[tuple[int, int], jax.Array] = {}
-    lines = []
-    for j in range(len(rows.starts)):
-        line = []
-        for k in range(len(columns.starts)):
-            tile = done[i, j, k]
-            if j > 0:
-                tile = cross_fade(blended[j - 1, k], tile, rows.blend, axis=Y)
-            if k > 0:
-                tile = cross_fade(blended[j, k - 1], tile, columns.blend, axis=X)
-            blended[j, k] = tile
-            line.append(tile[:, :, : rows.keep, : columns.keep])
-        lines.append(jnp.concatenate(line, axis=X))
+    for (j, k), tile in zip(index, _run(function, tiles), strict=True):
+        if j > 0:
+            tile = cross_fade(blended[j - 1, k], tile, rows.blend, axis=Y)
+        if k > 0:
+            tile = cross_fade(blended[j, k - 1], tile, columns.blend, axis=X)
+        blended[j, k] = tile
+    lines = [
+        jnp.concatenate([blended[j, k][:, :, : rows.keep, : columns.keep] for k in range(len(columns.starts))], axis=X)
+        for j in range(len(rows.starts))
+    ]
     return jnp.concatenate(lines, axis=Y)[:, :, : rows.total, : columns.total]
 
 
@@ -201,6 +176,21 @@ def _join_time(clips: list[jax.Array], time: _Cuts) -> jax.Array:
         before = cross_fade(before, clip[:, 1:], time.blend, axis=TIME)
         parts.append(before[:, : time.keep])
     return jnp.concatenate(parts, axis=TIME)[:, : time.total]
+
+
+def _run(function: Callable[[jax.Array], jax.Array], tiles: list[jax.Array]) -> list[jax.Array]:
+    """Applies `function` to every tile, one compiled body per distinct shape."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for n, tile in enumerate(tiles):
+        groups.setdefault(tile.shape, []).append(n)
+    done: dict[int, jax.Array] = {}
+    for members in groups.values():
+        if len(members) == 1:
+            done[members[0]] = function(tiles[members[0]])
+        else:
+            results = jax.lax.map(function, jnp.stack([tiles[n] for n in members]))
+            done.update({n: results[place] for place, n in enumerate(members)})
+    return [done[n] for n in range(len(tiles))]
 
 
 def cross_fade(before: jax.Array, after: jax.Array, extent: int, *, axis: int) -> jax.Array:

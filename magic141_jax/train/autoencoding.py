@@ -38,6 +38,8 @@ class AutoencodingConfig:
       crop_size: height and width of a crop, a multiple of the VAE's spatial factor; 0 takes the whole frame.
       adversarial: weight of the generator's adversarial term; 0 trains no discriminator at all.
       adversarial_start: the step from which it counts (the discriminator learns from the start).
+      init_clips: clips on which a start that depends on the data is fitted (a PatchVAE's principal components);
+        0 starts at random.
     """
 
     crop_frames: int = 0
@@ -50,6 +52,7 @@ class AutoencodingConfig:
     adversarial: float = 0.0
     adversarial_start: int = 0
     adversarial_loss: Literal["relativistic", "hinge"] = "relativistic"
+    init_clips: int = 256
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -65,13 +65,15 @@ class Checkpoints:
     def restore(self, state: TrainState, batches: Batches | None) -> tuple[TrainState, dict[str, Any]] | None:
         """The last checkpoint in the layout of `state`, with `batches` moved to its position; None if there is none.
 
+        `state` may be of arrays or of shape structs with shardings.
+
         Raises:
           UserError: the checkpoint holds other parameters than `state`.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
-        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(state))
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(state))
         items = {"state": ocp.args.StandardRestore(wanted), "progress": ocp.args.JsonRestore()}
         if batches is not None:
             items["data"] = grain_checkpoint.CheckpointRestore(_Position(batches))

@@ -165,16 +165,18 @@ class FlowMatching:
         self,
         student: Params,
         record: Mapping[str, jax.Array],
-        key: jax.Array,
+        key: jax.Array | None,
         known: Int[Array, " b"],
         *,
         image_tokens: bool,
     ) -> conditioning.Conditioning:
-        """The conditioning of a batch of cached records, captions dropped at random.
+        """The conditioning of a batch of cached records, captions dropped at random (without a key none is).
 
         Image tokens come from each record's `anchor` picture; samples without known frames don't see them.
         """
-        text, text_mask, pooled = self._drop_captions(record, key)
+        text, text_mask, pooled = (jnp.asarray(record[name]) for name in ("text", "text_mask", "pooled"))
+        if key is not None:
+            text, text_mask, pooled = self._drop_captions(record, key)
         latents = record["latents"].astype(jnp.float32)
         held, mask = conditioning.known_latents(latents, known, latents.shape[1])
         count = 0
@@ -184,14 +186,16 @@ class FlowMatching:
             text, text_mask = conditioning.with_image_tokens(text, text_mask, tokens)
             is_text = jnp.arange(text.shape[1]) >= count
             text_mask &= is_text[None, :] | (known > 0)[:, None]
-        return conditioning.Conditioning(text, text_mask, pooled, held, mask, image_tokens=count)
+        return conditioning.Conditioning(
+            text.astype(jnp.float32), text_mask, pooled.astype(jnp.float32), held, mask, image_tokens=count
+        )
 
     def _drop_captions(self, record: Mapping[str, jax.Array], key: jax.Array) -> tuple[Tokens, TokenMask, Pooled]:
         drop = jax.random.bernoulli(key, self.config.caption_dropout, record["latents"].shape[:1])
         null = self.null_text
-        text = jnp.where(drop[:, None, None], null.text[None], record["text"]).astype(jnp.float32)
+        text = jnp.where(drop[:, None, None], null.text[None], record["text"])
         mask = jnp.where(drop[:, None], null.text_mask[None], record["text_mask"])
-        pooled = jnp.where(drop[:, None], null.pooled[None], record["pooled"]).astype(jnp.float32)
+        pooled = jnp.where(drop[:, None], null.pooled[None], record["pooled"])
         return text, mask, pooled
 
     def _noise_history(self, cond: conditioning.Conditioning, key: jax.Array) -> conditioning.Conditioning:

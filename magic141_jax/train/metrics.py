@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +64,15 @@ class MetricWriter:
             temporary.write_text("".join(line + "\n" for line in kept))
             temporary.replace(self._path)
         self._board = SummaryWriter(str(self._board_dir), purge_step=step + 1 if step else None)
-        self._bar = tqdm(total=self._steps, initial=step, unit="step", disable=not self._progress, dynamic_ncols=True)
+        pause = 0.2 if sys.stderr.isatty() else 30.0  # a log file gets a line now and then
+        self._bar = tqdm(
+            total=self._steps,
+            initial=step,
+            unit="step",
+            disable=not self._progress,
+            dynamic_ncols=True,
+            mininterval=pause,
+        )
 
     def advance(self, postfix: Mapping[str, str]) -> None:
         """Moves the bar by one step; `postfix` is shown behind its rate and ETA."""

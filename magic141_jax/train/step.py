@@ -26,15 +26,21 @@ from magic141_jax.train.state import TrainState, ema_decay
 Step = Callable[[TrainState, Batch, int], tuple[TrainState, Metrics]]
 
 
-def make_step(method: Method, optimizers: Mapping[str, Optimizer], *, accumulate: int = 1) -> Step:
+def make_step(
+    method: Method, optimizers: Mapping[str, Optimizer], *, accumulate: int = 1, layout: TrainState | None = None
+) -> Step:
     """Builds `step(state, batch, number) -> (state, metrics)`.
 
     `state` is donated. `number` is the host's copy of `state.step`; it chooses, without waiting for the device,
     which roles are updated, and at most a few combinations are ever compiled. Metrics are scalars on the device:
-    the method's own, `loss/<role>`, `grad_norm/<role>`, `learning_rate/<role>` and `finite`.
+    the method's own, `loss/<role>`, `grad_norm/<role>`, `learning_rate/<role>` and `finite`. `layout` holds the
+    shardings that the state keeps from step to step; without it the compiler chooses.
     """
     jitted = jax.jit(
-        functools.partial(_step, method, optimizers, accumulate), static_argnames="active", donate_argnums=0
+        functools.partial(_step, method, optimizers, accumulate),
+        static_argnames="active",
+        donate_argnums=0,
+        out_shardings=None if layout is None else (layout, None),
     )
 
     def step(state: TrainState, batch: Batch, number: int) -> tuple[TrainState, Metrics]:

@@ -1,3 +1,5 @@
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -47,11 +49,11 @@ def test_gif_and_webp_keep_their_timing_and_lie_on_white(tmp_path):
     for k, frame in enumerate(frames):
         frame.paste((40 * k, 90, 0, 255), (0, 0, 8, 16))
     for name in ("clip.gif", "clip.webp"):
-        options = {"lossless": True} if name.endswith("webp") else {"disposal": 2}
+        options = {"quality": 100} if name.endswith("webp") else {"disposal": 2}
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=100, loop=0, **options)
         clip = read_video(tmp_path / name, make_buckets([(16, 16)], [3, 5], temporal=2), fps=5)
-        np.testing.assert_allclose(clip[:, 8, 2, 0], [0, 80, 160], atol=4)
-        assert (clip[:, :, 12:] == 255).all()
+        np.testing.assert_allclose(clip[:, 8, 2, 0], [0, 80, 160], atol=12)
+        assert clip[:, :, 12:].min() > 250
 
 
 def test_unusable_videos(tmp_path, write_video, grey_ramp):
@@ -125,8 +127,11 @@ def test_unusable_pictures(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
     Image.new("L", (1, 1)).save(tmp_path / "dot.png")
-    Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
-    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    for name, side in (("huge", 9000), ("bomb", 30000)):
+        data = bytearray((tmp_path / "dot.png").read_bytes())
+        data[16:24] = side.to_bytes(4, "big") * 2
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+        (tmp_path / f"{name}.png").write_bytes(data)
     reasons = {"text": "not a picture", "cut": "unreadable picture", "none": "no such file"}
     reasons |= dict.fromkeys(("dot", "huge", "bomb"), "absurd size")
     for name, reason in reasons.items():

@@ -1,7 +1,11 @@
+import json
 import runpy
 import sys
 
+import numpy as np
 import pytest
+
+from magic141_jax.data.cache import Cache
 
 MODULE = "magic141_jax.data.__main__"
 
@@ -36,6 +40,10 @@ def call(monkeypatch, capsys):
         (("prepare", "nowhere", "DST"), "no folder or manifest nowhere"),
         (("prepare", "SRC", "SRC"), "not a prepared data set"),
         (("prepare", "emoji", "DST", "--size", "64x32"), "square"),
+        (("prepare", "emoji:trian", "DST"), "Did you mean 'train'"),
+        (("prepare", "emoji", "DST", "--fps", "24"), "8 frames a second"),
+        (("prepare", "emoji", "DST", "--pack", "nowhere.zip"), "no emoji pack"),
+        (("prepare", "SRC", "DST"), "no clip could be kept: the source is empty"),
         (("prepare", "tfds:no_such_set_here", "DST"), "no data set 'no_such_set_here'"),
     ],
 )
@@ -47,6 +55,27 @@ def test_mistakes_are_one_line_and_exit_2(call, tmp_path, arguments, message):
     assert code == 2 and message in stderr
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["SRC"]
+
+
+def test_emoji_are_composed(call, tmp_path):
+    code, stderr = call("prepare", "emoji", tmp_path / "out", "--limit", "3", "--num_frames", "5")
+    assert code == 0, stderr
+    cache = Cache(tmp_path / "out")
+    assert len(cache.source("images")) == len(cache.source("videos")) == 3
+    assert cache.source("videos")[0]["frames"].shape == (5, 64, 64, 3)
+    assert "anchor" in cache.source("images")[0]
+
+
+def test_weights_give_latents_of_the_sizes_they_were_made_for(call, clip_folder, tmp_path, weights_folder):
+    code, stderr = call("prepare", clip_folder, tmp_path / "out", "--weights", weights_folder, "--num_frames", "5")
+    assert code == 0, stderr
+    cache = Cache(tmp_path / "out")
+    record, null = cache.source("videos")[0], cache.null_text()
+    sampling = json.loads((weights_folder / "model_index.json").read_text())["sampling"]
+    assert record["latents"].shape[:3] == (2, sampling["height"] // 8, sampling["width"] // 8)
+    assert np.abs(record["latents"]).max() > 0
+    assert {k: (v.shape, v.dtype) for k, v in null.items()} == {k: (record[k].shape, record[k].dtype) for k in null}
+    assert record["text_mask"].sum() > null["text_mask"].sum()
 
 
 def test_a_good_run_ends_with_0(call, clip_folder, tmp_path):

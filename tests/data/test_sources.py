@@ -8,7 +8,7 @@ from PIL import Image
 from magic141_jax.data.buckets import make_buckets
 from magic141_jax.data.decode import BadClip
 from magic141_jax.data.manifest import Entry, write
-from magic141_jax.data.sources import FileClips, TfdsClips
+from magic141_jax.data.sources import FileClips, Joined, TfdsClips
 from magic141_jax.errors import UserError
 
 BUCKETS = make_buckets([(16, 16)], [5])
@@ -122,6 +122,16 @@ def test_a_folder_gives_samples(clip_folder):
             clips[i]
         reasons[clips.name(i)] = caught.value.reason
     assert reasons == {"short.mp4": "too short", "broken.mp4": "unreadable video", "empty.mp4": "empty file"}
+
+
+def test_joined_sources_follow_one_another(clip_folder):
+    clips = FileClips.open(clip_folder, buckets=make_buckets([(32, 32)], [5]), fps=8)
+    joined = Joined([clips, ["x", "y"]])
+    assert len(joined) == len(clips) + 2 and joined.left_out == clips.left_out
+    assert joined[len(clips) + 1] == "y" and joined.name(len(clips)) == "item 0"
+    assert joined.name(1) == clips.name(1) and joined[2]["caption"] == clips[2]["caption"]
+    with pytest.raises(IndexError):
+        joined[len(joined)]
 
 
 def test_a_manifest_gives_samples_relative_to_itself(clip_folder):

@@ -13,15 +13,17 @@ FACTORS = {"spatial_factor": 8, "temporal_factor": 4}
 CASES = [
     (Tiling(), 17, 16, 16),
     (Tiling(), 37, 16, 24),
-    (Tiling(), 49, 8, 8),
+    (Tiling(frames=12, frame_stride=4), 29, 8, 8),
     (Tiling(size=64, stride=48), 21, 72, 136),
-    (Tiling(frames=8, frame_stride=4, size=32, stride=16), 25, 56, 40),
-    (Tiling(frames=16, frame_stride=4, size=64, stride=16), 33, 104, 72),
-    (Tiling(frames=None, size=32, stride=24), 9, 24, 80),
-    (Tiling(frames=8, frame_stride=8, size=32, stride=32), 21, 64, 40),
-    (Tiling(frames=8, frame_stride=4, size=32, stride=16), 5, 32, 32),
+    (Tiling(frames=None, size=32, stride=8), 1, 40, 16),
+    (Tiling(frames=8, frame_stride=8, size=32, stride=16), 21, 24, 40),
 ]
 IDS = [f"{t.frames}-{t.frame_stride}-{t.size}-{t.stride}-{'x'.join(map(str, size))}" for t, *size in CASES]
+
+
+def quick(function):
+    """Compiles without LLVM's optimisations, which would be most of the time here."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def local_decoder(raw):
@@ -53,7 +55,7 @@ def published_vae(tiling, decode, encode):
     class Stand(torch.nn.Module):
         def __init__(self, function):
             super().__init__()
-            self.function = jax.jit(function)
+            self.function = quick(function)
 
         def forward(self, x):
             y = self.function(np.moveaxis(x.numpy(), 1, -1))
@@ -83,8 +85,8 @@ def test_equals_diffusers(case):
         wanted_frames = vae._decode(torch.tensor(np.moveaxis(raw, -1, 1))).sample
         wanted_latents = vae._encode(torch.tensor(np.moveaxis(frames, -1, 1)))
     for ours, wanted in (
-        (jax.jit(lambda v: tiled_decode(decode, v, tiling, **FACTORS))(raw), wanted_frames),
-        (jax.jit(lambda v: tiled_encode(encode, v, tiling, **FACTORS))(frames), wanted_latents),
+        (quick(lambda v: tiled_decode(decode, v, tiling, **FACTORS))(raw), wanted_frames),
+        (quick(lambda v: tiled_encode(encode, v, tiling, **FACTORS))(frames), wanted_latents),
     ):
         np.testing.assert_allclose(ours, np.moveaxis(wanted.numpy(), 1, -1), atol=1e-5)
 
@@ -95,8 +97,8 @@ def test_local_networks_do_not_see_tiles(case):
     random = np.random.default_rng(1)
     raw = random.standard_normal((2, (t - 1) // 4 + 1, y // 8, x // 8, 2)).astype(np.float32)
     frames = random.standard_normal((2, t, y, x, 3)).astype(np.float32)
-    decoded = jax.jit(lambda v: tiled_decode(local_decoder, v, tiling, **FACTORS))(raw)
-    encoded = jax.jit(lambda v: tiled_encode(local_encoder, v, tiling, **FACTORS))(frames)
+    decoded = quick(lambda v: tiled_decode(local_decoder, v, tiling, **FACTORS))(raw)
+    encoded = quick(lambda v: tiled_encode(local_encoder, v, tiling, **FACTORS))(frames)
     np.testing.assert_allclose(decoded, local_decoder(raw), atol=1e-6)
     np.testing.assert_allclose(encoded, local_encoder(frames), atol=1e-6)
 

@@ -76,29 +76,6 @@ def test_the_callback_sees_every_step(pipeline):
     assert sorted(steps)[-1] == (1, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_inference_step": 3}, "num_inference_steps"),
-        ({"guidance_scale": "high"}, "must be"),
-        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
-        ({"num_inference_steps": 0}, "from 1 to"),
-        ({"height": 40}, "32x32 and 32x48"),
-        ({"height": 0}, "from 16"),
-        ({"num_frames": 10}, "9 and 13"),
-        ({"seed": -1}, "seed"),
-        ({"seed": (1, 2)}, "2 values of seed for 1 prompts"),
-        ({"output_type": "pill"}, "'pil'"),
-        ({"sampler": "eular"}, "'euler'"),
-        ({"overlap_latents": 3}, "3 latent frames"),
-        ({"latents": np.zeros((1, 2, 4, 4, 4))}, r"\(1, 3, 4, 4, 4\)"),
-    ],
-)
-def test_bad_options(pipeline, options, message):
-    with pytest.raises(UserError, match=message):
-        pipeline(PROMPT, **options)
-
-
 @pytest.mark.parametrize("prompt", ["", "  ", [], ["a cat", ""]])
 def test_empty_prompts(pipeline, prompt):
     with pytest.raises(UserError, match="prompt is empty"):

@@ -1,0 +1,53 @@
+"""The embedded default's transformer: text to image and image to video, jointly, at 64x64 and 17 frames.
+
+Part: sections 3.1 and 3.2 of the paper: one network for T2I and I2V, image tokens before the text, known frames on the
+channels; here with history noise too, so that windows chain into long videos.
+Data: python -m magic141_jax.data prepare emoji runs/emoji64_data --weights weights/emoji64 --limit 8000
+Command: python train.py --config=configs/emoji64.py --workdir=runs/emoji64
+Hardware: two CPU cores, overnight, in slices that resume; or one GPU, under half an hour.
+Expected: the card in weights/emoji64, measured by `python -m magic141_jax.evaluation`.
+"""
+
+import dataclasses
+
+from magic141_jax.experiment import make_config
+from magic141_jax.models.mmdit import SIZES
+
+
+def get_config():
+    """The config, every key of which can be overridden."""
+    return make_config(
+        model={"model": "mmdit", **dataclasses.asdict(SIZES["emoji"]())},
+        image_encoder={"model": "image_encoder"},
+        method={
+            "name": "flow_matching",
+            "image_time": {"shift": 1.5},
+            "video_time": {"shift": 2.0},
+            "known_frames": (0.0, 0.6, 0.4),
+            "history_noise_probability": 0.4,
+            "history_noise_max": 0.15,
+        },
+        data={"path": "runs/emoji64_data", "image_batch": 24, "video_batch": 10, "threads": 1},
+        optimizer={
+            "learning_rate": 1e-3,
+            "warmup_steps": 150,
+            "decay": "linear",
+            "decay_fraction": 0.45,
+            "final_fraction": 0.01,
+            "b2": 0.98,
+            "ema_decay": 0.998,
+        },
+        train={"steps": 8000, "log_every": 25, "save_every": 500},
+        components_from="weights/emoji64",
+        storage="bfloat16",
+        sampling={
+            "height": 64,
+            "width": 64,
+            "num_frames": 17,
+            "fps": 8.0,
+            "num_inference_steps": 8,
+            "guidance_scale": 1.5,
+            "shift": 2.0,
+            "history_noise": 0.05,
+        },
+    )

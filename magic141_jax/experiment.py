@@ -1,0 +1,392 @@
+"""An experiment: networks + data + method + optimizer + mesh, composed from one config.
+
+    config file -> `make_config` (every key with its default) -> overrides -> `Experiment.from_config` -> `.train(...)`
+
+The sections are the dataclasses that stand beside what they configure; this module only puts them together. A work
+folder holds config.json, checkpoints/, metrics.jsonl, tensorboard/ and, at the end, weights/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from magic141_jax import settings, sharding, weights
+from magic141_jax.data import __main__ as data_cli
+from magic141_jax.errors import UserError, nearest
+from magic141_jax.models import MODELS, image_encoder, mmdit, patch_vae
+from magic141_jax.models.discriminator import Discriminator, DiscriminatorConfig
+from magic141_jax.models.network import Network
+from magic141_jax.pipelines.components import SamplingSettings, load_model
+from magic141_jax.pytree import Params, flatten, require_match
+from magic141_jax.train import loop, optim, preview, streams
+from magic141_jax.train.autoencoding import VAE, Autoencoding, AutoencodingConfig, as_float
+from magic141_jax.train.checkpoint import Checkpoints
+from magic141_jax.train.flow_matching import FlowMatching, FlowMatchingConfig, NullText
+from magic141_jax.train.method import Method
+from magic141_jax.train.metrics import MetricWriter
+from magic141_jax.train.state import TrainState
+from magic141_jax.train.step import make_step
+
+RULES = (*mmdit.SHARDING_RULES, *image_encoder.SHARDING_RULES, *patch_vae.SHARDING_RULES)
+MAY_CHANGE = ("train.", "mesh.", "data.threads", "sampling.", "components_from")
+STATISTICS_BATCHES = 16
+PREVIEW_CLIPS = 4
+# Networks whose training starts from a fit to clips in [-1, 1]: (parameters, frames) -> parameters
+DATA_STARTS = {"patch_vae": patch_vae.fit_shortcut}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """The whole experiment; `model`, `image_encoder` and `method` are named mappings, the rest dataclasses.
+
+    Attributes:
+      model: {"model": name in MODELS, ...fields of its config}: what is trained.
+      method: {"name": name in METHODS, ...fields of its config}.
+      image_encoder: like `model`; empty trains without image tokens.
+      data, optimizer, train, mesh: see their classes.
+      role_optimizers: {role: {field: value}} where a role differs from `optimizer`.
+      init_from: a weights folder whose components training starts from; empty starts fresh.
+      components_from: a weights folder whose other components (VAE, text encoder) the export copies.
+      sampling: the export's sampling settings; empty copies those of `components_from`.
+      storage: how the export stores floats: float32, bfloat16 or int8.
+      seed: of parameters, data order and every draw of a step.
+    """
+
+    model: dict
+    method: dict
+    data: streams.DataConfig
+    image_encoder: dict = dataclasses.field(default_factory=dict)
+    optimizer: optim.OptimizerConfig = dataclasses.field(default_factory=optim.OptimizerConfig)
+    role_optimizers: dict = dataclasses.field(default_factory=dict)
+    train: loop.TrainConfig = dataclasses.field(default_factory=loop.TrainConfig)
+    mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
+    sampling: dict = dataclasses.field(default_factory=dict)
+    init_from: str = ""
+    components_from: str = ""
+    storage: weights.Storage = "float32"
+    seed: int = 0
+
+
+def make_config(
+    *, model: Mapping[str, Any], method: Mapping[str, Any], image_encoder: Mapping[str, Any] | None = None, **rest: Any
+) -> ConfigDict:
+    """A config for a file in configs/: what is given, and every other key with its default, so all can be overridden.
+
+    Raises:
+      UserError: an unknown key or name, or a wrong type.
+    """
+    made = settings.build(
+        ExperimentConfig,
+        {"model": dict(model), "method": dict(method), "image_encoder": dict(image_encoder or {}), **rest},
+    )
+    named = {
+        "model": {"model": model.get("model"), **settings.to_dict(_model_config(made.model, "model"))},
+        "method": {"name": method.get("name"), **settings.to_dict(_method_config(made.method))},
+    }
+    if image_encoder:
+        values = settings.to_dict(_model_config(made.image_encoder, "image_encoder"))
+        named["image_encoder"] = {"model": image_encoder.get("model"), **values}
+    return ConfigDict({**settings.to_dict(made), **named})
+
+
+def _model_config(values: Mapping[str, Any], where: str) -> Any:
+    config_class, _ = _entry(MODELS, values.get("model"), f"config.{where}.model")
+    return settings.build(config_class, {k: v for k, v in values.items() if k != "model"}, where=f"config.{where}")
+
+
+def _method_config(values: Mapping[str, Any]) -> Any:
+    config_class, _ = _entry(METHODS, values.get("name"), "config.method.name")
+    return settings.build(config_class, {k: v for k, v in values.items() if k != "name"}, where="config.method")
+
+
+def _entry(table: Mapping[str, Any], name: Any, where: str) -> Any:
+    if name not in table:
+        raise UserError(f"{where} is {name!r}.{nearest(str(name), table)}")
+    return table[name]
+
+
+def _network(values: Mapping[str, Any], where: str) -> Network:
+    _, module = _entry(MODELS, values.get("model"), f"config.{where}.model")
+    return Network.create(module, _model_config(values, where))
+
+
+def _flow_matching(config: ExperimentConfig) -> Method:
+    transformer = _network(config.model, "model")
+    encoder = _network(config.image_encoder, "image_encoder") if config.image_encoder else None
+    null = {name: jnp.asarray(value) for name, value in streams.null_text(config.data, record_shape(config)).items()}
+    return FlowMatching(_method_config(config.method), transformer, encoder, NullText(**null))
+
+
+def _autoencoding(config: ExperimentConfig) -> Method:
+    method, vae = _method_config(config.method), _network(config.model, "model")
+    discriminator = Network.create(Discriminator, DiscriminatorConfig()) if method.adversarial else None
+    if config.data.path not in (streams.EMOJI, streams.RANDOM):
+        streams.open_cache(config.data.path, "raw")
+    try:
+        return Autoencoding(method, vae, model_name=config.model["model"], discriminator=discriminator)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"config.method: {error}") from None
+
+
+# Method name -> (its config dataclass, what builds it from the whole config)
+METHODS = {
+    "flow_matching": (FlowMatchingConfig, _flow_matching),
+    "autoencoding": (AutoencodingConfig, _autoencoding),
+}
+
+
+def record_shape(config: ExperimentConfig) -> streams.RecordShape:
+    """The sizes that the model wants of a latent record."""
+    model = _model_config(config.model, "model")
+    if not hasattr(model, "text_width"):
+        return streams.RecordShape()
+    return streams.RecordShape(model.out_channels, model.text_width, model.pooled_width)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+    """A config with what it stands for, ready to train or to export."""
+
+    config: ExperimentConfig
+    workdir: Path
+    method: Method
+    optimizers: dict[str, optim.Optimizer]
+    mesh: jax.sharding.Mesh
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any] | ConfigDict, workdir: Path) -> Experiment:
+        """Builds and checks everything; a folder of clips is prepared here, into `workdir`/data.
+
+        Raises:
+          UserError: a bad key, type, size or path.
+        """
+        values = values.to_dict() if isinstance(values, ConfigDict) else values
+        config = settings.build(ExperimentConfig, values)
+        config = dataclasses.replace(config, data=prepared(config.data, Path(workdir)))
+        mesh = sharding.make_mesh(config.mesh)
+        for size in (config.data.image_batch, config.data.video_batch):
+            if size:
+                sharding.batch_size_per_process(size, mesh)
+        if config.sampling:
+            settings.build(SamplingSettings, config.sampling, where="config.sampling")
+        _, build = _entry(METHODS, config.method.get("name"), "config.method.name")
+        method = build(config)
+        optimizers = {}
+        for role in method.roles:
+            own = {**settings.to_dict(config.optimizer), **config.role_optimizers.get(role, {})}
+            own = settings.build(optim.OptimizerConfig, own, where=f"config.role_optimizers.{role}")
+            optimizers[role] = optim.make(own, config.train.steps // method.cadence.get(role, 1))
+        return cls(config, Path(workdir), method, optimizers, mesh)
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """The training state's shapes, with their shardings."""
+        key = jax.random.key(self.config.seed)
+        abstract = jax.eval_shape(lambda: self._state(self.method.init(key)))
+        placed = sharding.shardings(abstract, self.mesh, RULES)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
+
+    @property
+    def layout(self) -> TrainState:
+        """The shardings of the training state."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract_state)
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, laid over the mesh.
+
+        Parameters are those of `init_from` where it is given, else fresh ones, fitted to the data where the network
+        has such a start.
+        """
+        key = jax.random.key(self.config.seed)
+        fit = None if self.config.init_from else DATA_STARTS.get(self.config.model["model"])
+        clips = getattr(self.method.config, "init_clips", 0)
+        if self.config.init_from:
+            params = self._loaded_params()
+        elif fit is not None and clips:
+            params = self.method.init(key)
+            params[VAE] = fit(params[VAE], self._clips(clips))
+        else:
+            return jax.jit(lambda: self._state(self.method.init(key)), out_shardings=self.layout)()
+        return jax.jit(self._state, out_shardings=self.layout)(jax.device_put(params, self.layout.params))
+
+    def batches(self) -> Any:
+        """The run's batches of host arrays."""
+        return streams.make_batches(self.config.data, seed=self.config.seed, shape=record_shape(self.config))
+
+    def train(self, *, progress: bool = True) -> loop.Result:
+        """Trains to the end or to a stop signal, from the last checkpoint of the work folder if there is one."""
+        config = self.config
+        self._remember_config()
+        step = make_step(self.method, self.optimizers, accumulate=config.train.accumulate, layout=self.layout)
+        checkpoints = Checkpoints(self.workdir / "checkpoints", keep=config.train.keep)
+        writer = MetricWriter(self.workdir, steps=config.train.steps, progress=progress)
+        try:
+            return loop.fit(
+                step,
+                self.initial_state() if checkpoints.latest is None else self.abstract_state,
+                self.batches(),
+                config=config.train,
+                checkpoints=checkpoints,
+                writer=writer,
+                place=lambda batch: sharding.shard_batch(streams.arrays(batch), self.mesh),
+                callback=self._preview(writer),
+            )
+        finally:
+            writer.close()
+            checkpoints.close()
+
+    def restore(self) -> TrainState:
+        """The state of the last checkpoint; raises `UserError` where there is none."""
+        folder = self.workdir / "checkpoints"
+        if not folder.is_dir():
+            raise UserError(f"no checkpoint in {self.workdir}; train first")
+        checkpoints = Checkpoints(folder, keep=self.config.train.keep)
+        try:
+            restored = checkpoints.restore(self.abstract_state, None)
+        finally:
+            checkpoints.close()
+        if restored is None:
+            raise UserError(f"no checkpoint in {self.workdir}; train first")
+        return restored[0]
+
+    def export(self, state: TrainState, folder: Path) -> None:
+        """Writes the averaged weights as component folders, and completes them from `components_from`."""
+        folder = Path(folder)
+        for name, (model, config, params) in self.method.components(state.averaged()).items():
+            if name == VAE:
+                config = self._with_statistics(config, params)
+            fields = {"model": model, **settings.to_dict(config)}
+            weights.save(folder / name, fields, jax.device_get(params), storage=self.config.storage)
+        base = Path(self.config.components_from) if self.config.components_from else None
+        if base is not None:
+            for name in ("vae", "text_encoder", "image_encoder", "transformer"):
+                if (base / name).is_dir() and not (folder / name).exists():
+                    shutil.copytree(base / name, folder / name)
+        if self.config.sampling:
+            index = {"format": 1, "sampling": dict(self.config.sampling)}
+            (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        elif base is not None and (base / "model_index.json").exists():
+            shutil.copy(base / "model_index.json", folder / "model_index.json")
+
+    def _state(self, params: dict[str, Params]) -> TrainState:
+        return TrainState.create(params, self.optimizers, seed=self.config.seed)
+
+    def _preview(self, writer: MetricWriter) -> Any:
+        """The loop's callback that shows sample videos; None if none are asked for or no VAE is there to decode."""
+        config = self.config
+        if not config.train.sample_every or not config.data.video_batch:
+            return None
+        record = {k: v[:PREVIEW_CLIPS] for k, v in streams.arrays(next(self.batches()))["video"].items()}
+        if isinstance(self.method, Autoencoding):
+            draw = preview.reconstruction(self.method)
+        elif (Path(config.components_from) / "vae").is_dir() and config.components_from:
+            vae, params = load_model(Path(config.components_from) / "vae")
+            draw = preview.generation(self.method, vae, params, seed=config.seed)
+        else:
+            logging.warning("train.sample_every is set, but components_from has no VAE to decode samples with")
+            return None
+
+        def callback(state: TrainState, step: int) -> None:
+            writer.video(step, "samples", np.asarray(draw(state.averaged(), record)), round(config.data.fps))
+
+        return callback
+
+    def _clips(self, count: int) -> jax.Array:
+        """The first `count` clips of the run's videos (of its images if it has none), in [-1, 1]."""
+        part = "video" if self.config.data.video_batch else "image"
+        batches, clips = self.batches(), []
+        while sum(len(x) for x in clips) < count:
+            clips.append(next(batches)[part]["frames"])
+        return 2 * as_float(jnp.asarray(np.concatenate(clips)[:count])) - 1
+
+    def _loaded_params(self) -> dict[str, Params]:
+        """Fresh parameters with the components that `init_from` has put in their places."""
+        folder = Path(self.config.init_from)
+        if not folder.is_dir():
+            raise UserError(f"no weights folder {folder} (config.init_from)")
+        fresh = self.method.init(jax.random.key(self.config.seed))
+        found = 0
+        for name, (_, _, params) in self.method.components(fresh).items():
+            if (folder / name).is_dir():
+                _, loaded = weights.load(folder / name)
+                require_match(loaded, params, what=str(folder / name))
+                # `params` is the very dict inside `fresh`, so filling it in place fills the role.
+                _fill(params, loaded)
+                found += 1
+        if not found:
+            raise UserError(f"{folder} has none of {', '.join(self.method.components(fresh))} (config.init_from)")
+        return fresh
+
+    def _with_statistics(self, config: Any, params: Params) -> Any:
+        """The VAE's config with the means and the deviation of its latents on the data: diffusion sees unit size."""
+        network = Network.create(MODELS[self.config.model["model"]][1], config)
+        encode = jax.jit(lambda p, frames: network(p, 2 * as_float(frames) - 1, method="encode")[0])
+        batches, sums = self.batches(), []
+        for _ in range(STATISTICS_BATCHES):
+            for record in streams.arrays(next(batches)).values():
+                mean = np.asarray(encode(params, record["frames"]), np.float64).reshape(-1, config.latent_channels)
+                sums.append((mean.sum(0), (mean**2).sum(0), len(mean)))
+        total, square, count = (sum(parts) for parts in zip(*sums, strict=True))
+        mean = total / count
+        # One deviation for all channels: fine detail stays quieter than the picture, as the VAE made it.
+        std = np.sqrt(np.maximum(square / count - mean**2, 1e-12).mean(keepdims=True))
+        rounded = {"latent_mean": mean, "latent_std": std}
+        return dataclasses.replace(config, **{k: tuple(round(float(x), 6) for x in v) for k, v in rounded.items()})
+
+    def _remember_config(self) -> None:
+        """Writes config.json; on resuming, refuses what can't go on and names what is different."""
+        path = self.workdir / "config.json"
+        now = settings.to_dict(self.config)
+        if path.exists():
+            before, after = flatten(weights.read_json(path)), flatten(json.loads(json.dumps(now)))
+            keys = [k for k in sorted({*before, *after}) if before.get(k) != after.get(k)]
+            keys = [k for k in keys if not k.startswith(MAY_CHANGE)]
+            lines = [f"{k} was {before.get(k)!r} and is {after.get(k)!r}" for k in keys]
+            fatal = [
+                x for k, x in zip(keys, lines, strict=True) if k.startswith(("model.", "image_encoder.", "method.name"))
+            ]
+            if fatal and (self.workdir / "checkpoints").is_dir():
+                raise UserError(f"{path} is of another network: {'; '.join(fatal[:4])}; use another --workdir")
+            if lines:
+                logging.warning("resuming with another config: %s", "; ".join(lines))
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(now, indent=2) + "\n")
+        temporary.replace(path)
+
+
+def prepared(data: streams.DataConfig, workdir: Path) -> streams.DataConfig:
+    """The data config with clips that are not prepared yet prepared into `workdir`/data (once)."""
+    path = Path(data.path)
+    if data.path in ("", streams.EMOJI, streams.RANDOM) or (path / "metadata.json").is_file():
+        return data
+    if not path.exists():
+        raise UserError(f"no data at {path} (config.data.path)")
+    target = workdir / "data"
+    if not (target / "metadata.json").is_file():
+        arguments = ["prepare", str(path), str(target), "--size", f"{data.height}x{data.width}"]
+        arguments += ["--num_frames", str(data.num_frames), "--fps", str(data.fps)]
+        data_cli.main(arguments + (["--weights", data.encoders] if data.encoders else []))
+    return dataclasses.replace(data, path=str(target))
+
+
+def _fill(params: Params, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _fill(params[key], value)
+        else:
+            params[key] = jnp.asarray(value, params[key].dtype)

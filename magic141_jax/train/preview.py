@@ -1,0 +1,54 @@
+"""Pictures of how training goes: a few clips of the data beside what the present weights make of them.
+
+autoencoding     [clip | reconstruction]
+flow matching    [decoded latents | sampled from the first latent frame, the caption and the anchor]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from magic141_jax.diffusion import flow, samplers, timesteps
+from magic141_jax.models import mmdit
+from magic141_jax.models.network import Network
+from magic141_jax.pytree import Params
+from magic141_jax.shapes import Frames
+from magic141_jax.train.autoencoding import VAE, Autoencoding
+from magic141_jax.train.flow_matching import STUDENT, FlowMatching, as_float
+
+STEPS = 12
+Preview = Callable[[Mapping[str, Params], Mapping[str, Any]], Float[Array, "b t y 2*x 3"]]
+
+
+def reconstruction(method: Autoencoding) -> Preview:
+    """A jitted function (params by role, raw record) -> clips beside their reconstructions, in [0, 1]."""
+
+    def preview(params: Mapping[str, Params], record: Mapping[str, Any]) -> Frames:
+        clips = as_float(record["frames"])
+        mean, _ = method.vae(params[VAE], 2 * clips - 1, method="encode")
+        restored = (method.vae(params[VAE], mean, method="decode") + 1) / 2
+        return jnp.concatenate([clips, jnp.clip(restored, 0, 1)], axis=3)
+
+    return jax.jit(preview)
+
+
+def generation(method: FlowMatching, vae: Network, vae_params: Params, *, seed: int) -> Preview:
+    """A jitted function (params by role, latent record) -> decoded clips beside samples, in [0, 1]."""
+    times = timesteps.grid(STEPS, method.config.video_time.shift)
+
+    def preview(params: Mapping[str, Params], record: Mapping[str, Any], vae_params: Params) -> Frames:
+        student = params[STUDENT]
+        latents = record["latents"].astype(jnp.float32)
+        known = jnp.ones(latents.shape[0], jnp.int32)
+        cond = method.condition(student, record, None, known, image_tokens=True)
+        noise = flow.draw_noise(jax.random.key(seed), latents.shape)
+        made = samplers.sample(mmdit.velocity_fn(method.transformer, student["transformer"]), cond, noise, times)
+        return jnp.concatenate([vae(vae_params, x, method="decode_latents") for x in (latents, made)], axis=3)
+
+    jitted = jax.jit(preview)
+    return lambda params, record: jitted(params, record, vae_params)

@@ -1,0 +1,103 @@
+"""Where weights are found, how they are placed, and where compiled programs are kept."""
+
+import json
+import shutil
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import pytest
+
+from magic141_jax.errors import UserError
+from magic141_jax.pipelines import components
+from magic141_jax.pipelines.components import enable_compilation_cache, find_folder, load_components
+from magic141_jax.sharding import MeshConfig, make_mesh
+
+
+def test_the_compute_dtype(weights_folder):
+    for dtype, name in ((None, "float32"), ("bfloat16", "bfloat16")):
+        made = load_components(weights_folder, dtype=dtype)
+        assert {x.dtype for x in jax.tree.leaves(made.transformer.params)} == {jnp.dtype(name)}
+        assert {x.dtype for x in jax.tree.leaves(made.vae.params)} == {jnp.dtype("float32")}
+        assert made.transformer.network.config.compute_dtype == name
+    with pytest.raises(UserError, match="float16"):
+        load_components(weights_folder, dtype="float16")
+
+
+def test_digests_follow_the_files(weights_folder, tmp_path):
+    first = load_components(weights_folder)
+    folder = tmp_path / "copy"
+    shutil.copytree(weights_folder, folder)
+    assert load_components(folder).digest == first.digest
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace('"fps": 8', '"fps": 12'))
+    second = load_components(folder)
+    assert second.sampling.fps == 12
+    assert second.digest == first.digest
+    assert second.config_digest != first.config_digest
+
+
+def test_bad_index(weights_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(weights_folder, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    for change, message in (({"format": 2}, "format 2"), ({"sampling": {"heigth": 3}}, "'height'")):
+        (folder / "model_index.json").write_text(json.dumps(index | change))
+        with pytest.raises(UserError, match=message):
+            load_components(folder)
+
+
+def test_find_folder(weights_folder, tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, **kwargs):
+        asked.append((name, kwargs["revision"]))
+        if name == "nobody/nothing":
+            raise OSError("couldn't connect\nsecond line")
+        return str(weights_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find_folder(weights_folder) == weights_folder
+    assert find_folder("owner/name", "v1") == weights_folder
+    with pytest.raises(UserError, match=r"couldn't connect$"):
+        find_folder("nobody/nothing")
+    assert asked == [("owner/name", "v1"), ("nobody/nothing", None)]
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    for name in ("./missing", "/missing/folder", "missing", "file", "weights/emoji65"):
+        with pytest.raises(UserError, match="weights folder"):
+            find_folder(name)
+    monkeypatch.setattr(components, "DEFAULT_FOLDER", tmp_path / "none")
+    with pytest.raises(UserError, match="no embedded weights"):
+        find_folder("default")
+    assert len(asked) == 2
+
+
+def test_compilation_cache(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    enable_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == before
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setenv("MAGIC141_JAX_CACHE", "")
+        enable_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir is None
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("MAGIC141_JAX_CACHE", str(tmp_path / "file" / "cache"))
+        with pytest.warns(UserWarning, match="compiled anew"):
+            enable_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir is None
+        monkeypatch.delenv("MAGIC141_JAX_CACHE")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        enable_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "magic141_jax")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_parameters_are_laid_over_a_mesh(weights_folder):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    made = load_components(weights_folder, mesh=mesh)
+    assert all(x.sharding.mesh == mesh for x in jax.tree.leaves(made.transformer.params))
+    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(made.transformer.params))
