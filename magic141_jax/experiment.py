@@ -343,7 +343,7 @@ class Experiment:
         return fresh
 
     def _with_statistics(self, config: Any, params: Params) -> Any:
-        """The VAE's config with the mean and deviation of its latents on the data, so that diffusion sees N(0, 1)."""
+        """The VAE's config with the means and the deviation of its latents on the data: diffusion sees unit size."""
         network = Network.create(MODELS[self.config.model["model"]][1], config)
         encode = jax.jit(lambda p, frames: network(p, 2 * as_float(frames) - 1, method="encode")[0])
         batches, sums = self.batches(), []
@@ -353,7 +353,8 @@ class Experiment:
                 sums.append((mean.sum(0), (mean**2).sum(0), len(mean)))
         total, square, count = (sum(parts) for parts in zip(*sums, strict=True))
         mean = total / count
-        std = np.sqrt(np.maximum(square / count - mean**2, 1e-12))
+        # One deviation for all channels: fine detail stays quieter than the picture, as the VAE made it.
+        std = np.sqrt(np.maximum(square / count - mean**2, 1e-12).mean(keepdims=True))
         rounded = {"latent_mean": mean, "latent_std": std}
         return dataclasses.replace(config, **{k: tuple(round(float(x), 6) for x in v) for k, v in rounded.items()})
 

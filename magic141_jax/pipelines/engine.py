@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -143,14 +143,17 @@ class Engine:
         seeds = per_prompt(options.seed, shape[0], "seed")
         indices = range(shape[0]) if isinstance(options.seed, int) else [0] * shape[0]
         draws = np.array([[seed, index, purpose] for seed, index in zip(seeds, indices, strict=True)], np.uint32)
-        return self._denoise(
-            "image" if purpose == IMAGE_PURPOSE else "video",
-            *(cond, negative, noise, draws),
-            timesteps.grid(options.num_inference_steps, options.shift),
-            np.float32([options.guidance_scale, history_noise]),
-            sampler=options.sampler,
-            callback=options.callback,
+        walk = _Walk(
+            cond,
+            negative,
+            noise,
+            draws,
+            times=timesteps.grid(options.num_inference_steps, options.shift),
+            guidance_scale=np.float32(options.guidance_scale),
+            history_noise=np.float32(history_noise),
         )
+        label = "image" if purpose == IMAGE_PURPOSE else "video"
+        return self._denoise(label, walk, sampler=options.sampler, callback=options.callback)
 
     def decode(self, latents: Latents) -> Frames:
         """Normalised latents -> frames in [0, 1]."""
@@ -179,29 +182,41 @@ def clock(seconds: collections.Counter[str], label: str) -> Iterator[None]:
         seconds[label] += time.perf_counter() - start
 
 
+class _Walk(NamedTuple):
+    """The arrays of `_denoise`; `draws` (b, 3) is (seed, index, purpose) of each sample, used where noise is None."""
+
+    cond: Conditioning
+    negative: TextStates | None
+    noise: Latents | None
+    draws: np.ndarray
+    times: jax.Array
+    guidance_scale: np.float32
+    history_noise: np.float32
+
+
 def _denoise(
     network: Network,
     params: Params,
-    cond: Conditioning,
-    negative: TextStates | None,
-    noise: Latents | None,
-    draws: jax.Array,
-    times: jax.Array,
-    levels: jax.Array,
+    walk: _Walk,
     *,
     sampler: samplers.Sampler,
     callback: samplers.StepCallback | None,
 ) -> Latents:
-    """`draws` (b, 3) is (seed, index, purpose) of each sample; `levels` is (guidance scale, history noise)."""
-    scale, history = levels
-    keys = jax.vmap(_keys)(draws)
-    noise = flow.draw_noise(keys[:, 0], cond.known.shape) if noise is None else noise
+    cond, keys = walk.cond, jax.vmap(_keys)(walk.draws)
+    noise = flow.draw_noise(keys[:, 0], cond.known.shape) if walk.noise is None else walk.noise
+    scale = walk.guidance_scale
     velocity = velocity_fn(network, params, guidance=scale if network.config.guidance_embedding else None)
-    if negative is not None:
-        velocity = guidance.guided(velocity, conditioning.replace_text(cond, *negative), scale)
-    seen = conditioning.noise_known(cond, keys[:, 1], history)
+    if walk.negative is not None:
+        velocity = guidance.guided(velocity, conditioning.replace_text(cond, *walk.negative), scale)
+    seen = conditioning.noise_known(cond, keys[:, 1], walk.history_noise)
     return samplers.sample(
-        lambda x, t, _: velocity(x, t, seen), cond, noise, times, sampler=sampler, key=keys[:, 2], callback=callback
+        lambda x, t, _: velocity(x, t, seen),
+        cond,
+        noise,
+        walk.times,
+        sampler=sampler,
+        key=keys[:, 2],
+        callback=callback,
     )
 
 

@@ -99,3 +99,21 @@ def test_illegal_sizes_name_the_nearest_legal_ones(network, params):
         network(params, clip(7), method="encode")
     with pytest.raises(UserError, match="nearest is 16x16"):
         network(params, clip(5, size=17), method="encode")
+
+
+def test_the_shortcut_is_the_best_linear_autoencoder():
+    """Its error on groups of 4x8x8 pixels is the variance of the components that it leaves out."""
+    config = PatchVAEConfig(latent_channels=8, widths=(8, 12), encoder_blocks=(1, 1), decoder_blocks=(1, 1))
+    network = Network.create(PatchVAE, config)
+    rng = np.random.default_rng(0)
+    basis = rng.normal(size=(20, 4 * 8 * 8 * 3)) * np.geomspace(0.1, 0.01, 20)[:, None]
+    groups = (rng.normal(size=(2 * 16 * 4 * 4, 20)) @ basis).reshape(2, 16, 4, 4, 4, 8, 8, 3)
+    video = groups.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(2, 64, 32, 32, 3)
+    frames = jnp.asarray(np.concatenate([video[:, :1], video], axis=1), jnp.float32)
+    params = patch_vae.fit_shortcut(network.init(jax.random.key(0)), frames)
+    mean, _ = network(params, frames, method="encode")
+    error = (network(params, mean, method="decode") - frames)[:, 1:]
+    variances = np.linalg.eigvalsh(np.cov(groups.reshape(-1, 768), rowvar=False))[::-1]
+    np.testing.assert_allclose(jnp.mean(error**2), variances[8:].sum() / 768, rtol=0.02)
+    spread = np.asarray(mean[:, 1:]).reshape(-1, 8).std(0)
+    np.testing.assert_allclose(spread, (variances[:8] / variances[0]) ** 0.25, rtol=0.02)
