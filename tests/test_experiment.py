@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from magic141_jax import weights
 from magic141_jax.data import cache
@@ -96,6 +97,21 @@ def test_data_that_does_not_fit_is_refused(clips, tmp_path):
         Experiment.from_config(tiny(data__path=clips, data__video_batch=6), tmp_path)
     with pytest.raises(UserError, match="crop_size 12 is not a multiple of 8"):
         Experiment.from_config(tiny(data__path=clips, method__crop_size=12), tmp_path)
+
+
+def test_a_folder_of_clips_is_prepared_once(tmp_path, capsys):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in ("a", "b"):
+        pictures = [Image.new("RGB", (24, 20), (10 * i, 80, 120)) for i in range(6)]
+        pictures[0].save(folder / f"{name}.gif", save_all=True, append_images=pictures[1:], duration=125)
+    (folder / "captions.csv").write_text("file,caption\na.gif,one\nb.gif,two\nc.gif,lost\n")
+    small = {"data__path": str(folder), "data__height": 16, "data__width": 16, "data__num_frames": 5}
+    config = tiny(**small, data__video_batch=2, method__init_clips=0)
+    for _ in range(2):
+        experiment = Experiment.from_config(config, tmp_path / "run", devices=jax.devices()[:1])
+    assert capsys.readouterr().out.count("c.gif") == 1, "what was left out is said, and preparing is done once"
+    assert next(experiment.batches())["video"]["frames"].shape == (2, 5, 16, 16, 3)
 
 
 def test_eight_devices_give_the_losses_of_one(clips, tmp_path):

@@ -47,7 +47,7 @@ def wait_for_step(workdir, step, process):
     while process.poll() is None:
         if path.exists() and path.read_text().count("\n") >= step:
             return
-        time.sleep(0.01)
+        time.sleep(0.05)
     raise AssertionError(f"ended early: {process.communicate()[1]}")
 
 
