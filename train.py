@@ -70,7 +70,11 @@ def _readable(config: ConfigDict) -> ConfigDict:
 
 def _unknown_key(arguments: list[str]) -> str:
     """Names the first --config.a.b that the config file does not have."""
-    config = flags.FLAGS["config"].value
+    start = next(i for i, argument in enumerate(arguments) if argument.lstrip("-").partition("=")[0] == "config")
+    # The config flag looks for its overrides in sys.argv, so the file alone can be read only without them there.
+    sys.argv = arguments[:1] + arguments[start : start + 1 + ("=" not in arguments[start])]
+    flags.FLAGS(sys.argv)
+    config = _readable(_CONFIG.value)
     for argument in arguments[1:]:
         path = argument.lstrip("-").partition("=")[0].removeprefix("no").split(".")
         node = config

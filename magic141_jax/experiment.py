@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +168,19 @@ class Experiment:
     mesh: jax.sharding.Mesh
 
     @classmethod
-    def from_config(cls, values: Mapping[str, Any] | ConfigDict, workdir: Path) -> Experiment:
+    def from_config(
+        cls,
+        values: Mapping[str, Any] | ConfigDict,
+        workdir: Path,
+        *,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> Experiment:
         """Builds and checks everything; a folder of clips is prepared here, into `workdir`/data.
+
+        Args:
+          values: the config, see `make_config`.
+          workdir: the run's folder; nothing is written before `train`, but for prepared clips.
+          devices: of the mesh; all of them unless said.
 
         Raises:
           UserError: a bad key, type, size or path.
@@ -177,7 +188,7 @@ class Experiment:
         values = values.to_dict() if isinstance(values, ConfigDict) else values
         config = settings.build(ExperimentConfig, values)
         config = dataclasses.replace(config, data=prepared(config.data, Path(workdir)))
-        mesh = sharding.make_mesh(config.mesh)
+        mesh = sharding.make_mesh(config.mesh, devices=devices)
         for size in (config.data.image_batch, config.data.video_batch):
             if size:
                 sharding.batch_size_per_process(size, mesh)

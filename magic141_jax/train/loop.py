@@ -90,7 +90,7 @@ def fit(
       train_step: see `magic141_jax.train.step`.
       state: the state to start from, in the layout to train in; donated.
       batches: endless iterator of host batches, see `checkpoint.Batches`.
-      place: puts a host batch on the devices.
+      place: puts a host batch on the devices, as arrays with the samples on the leading axis.
       callback: called with (state, step) every `config.sample_every` steps, to draw samples.
 
     Raises:
@@ -107,8 +107,8 @@ def fit(
         step = progress.step
         last = False
         while step < config.steps and not last:
-            batch = next(batches)
-            state, metrics = train_step(state, place(batch), step)
+            batch = place(next(batches))
+            state, metrics = train_step(state, batch, step)
             step += 1
             reader.push(step, metrics, _batch_size(batch))
             last = step == config.steps or stop.is_set() or checkpoints.preempted(step)

@@ -1,0 +1,99 @@
+"""train.py as a user runs it: killed and resumed to the bit, stopped by SIGTERM, one line for every mistake."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--config.data.image_batch=0", "--config.data.height=16", "--config.data.width=16", "--noprogress"]
+
+
+def start(*arguments):
+    environment = os.environ | {
+        "MAGIC141_JAX_CACHE": str(Path(tempfile.gettempdir()) / "magic141-jax-train-test-cache"),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles three times faster
+        "JAX_PLATFORMS": "cpu",
+    }
+    command = [sys.executable, "train.py", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=900)
+    return process.returncode, output, errors
+
+
+def debug(workdir, *more):
+    return start("--config=configs/debug.py", f"--workdir={workdir}", *TINY, *more)
+
+
+def lines(workdir):
+    text = (workdir / "metrics.jsonl").read_text()
+    return [{k: v for k, v in json.loads(line).items() if k != "time"} for line in text.splitlines()]
+
+
+def wait_for_step(workdir, step, process):
+    """Waits until the run has written the metrics of a step."""
+    path = workdir / "metrics.jsonl"
+    while process.poll() is None:
+        if path.exists() and path.read_text().count("\n") >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"ended early: {process.communicate()[1]}")
+
+
+@pytest.mark.heavy
+def test_a_killed_run_ends_with_the_same_losses(tmp_path):
+    steps = "--config.train.steps=40"
+    code, output, errors = finish(debug(tmp_path / "whole", steps))
+    assert code == 0 and "40 steps done" in output, errors
+    assert (tmp_path / "whole" / "weights" / "transformer" / "model.safetensors").exists()
+
+    killed_at = random.randint(4, 30)
+    process = debug(tmp_path / "killed", steps)
+    wait_for_step(tmp_path / "killed", killed_at, process)
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "weights").exists()
+
+    process = debug(tmp_path / "killed", steps)
+    wait_for_step(tmp_path / "killed", 33, process)
+    process.terminate()
+    code, output, errors = finish(process)
+    assert code == 0, errors
+    if "40 steps done" not in output:
+        assert "stopped and saved at step" in output
+        assert finish(debug(tmp_path / "killed", steps))[0] == 0
+
+    whole, killed = lines(tmp_path / "whole"), lines(tmp_path / "killed")
+    assert [line["step"] for line in whole] == list(range(1, 41))
+    assert killed == whole, f"killed at step {killed_at}"
+    weights = [(tmp_path / run / "weights/transformer/model.safetensors").read_bytes() for run in ("whole", "killed")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/debug.py"], "--config and --workdir are needed"),
+        (["--config=configs/none.py", "--workdir=W"], "can't read the --config file"),
+        (["--config=configs/debug.py", "--workdir=W", "--config.train.stpes=3"], "unknown key config.train.stpes"),
+        (["--config=configs/debug.py", "--workdir=W", "--config.train.steps=many"], "config.train.steps"),
+        (["--config=configs/folder.py", "--workdir=W", "--config.data.path=nowhere"], "no data at nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, tmp_path):
+    arguments = [argument.replace("=W", f"={tmp_path / 'run'}") for argument in arguments]
+    code, _, errors = finish(start(*arguments))
+    assert code == 2 and message in errors, errors
+    assert [line for line in errors.splitlines() if line.startswith("error: ")] == errors.splitlines()
+    assert not list(tmp_path.iterdir())
