@@ -1,5 +1,6 @@
 """Networks (Flax NNX), each with its config dataclass beside it."""
 
+from magic141_jax.models.hunyuan_vae import HunyuanVAE, HunyuanVAEConfig
 from magic141_jax.models.image_encoder import ImageEncoder, ImageEncoderConfig
 from magic141_jax.models.mmdit import MMDiT, MMDiTConfig
 from magic141_jax.models.patch_vae import PatchVAE, PatchVAEConfig
@@ -8,6 +9,7 @@ from magic141_jax.models.text import Bert, BertConfig
 # The "model" of a component's config.json -> (its config dataclass, its module)
 MODELS = {
     "mmdit": (MMDiTConfig, MMDiT),
+    "hunyuan_vae": (HunyuanVAEConfig, HunyuanVAE),
     "patch_vae": (PatchVAEConfig, PatchVAE),
     "bert": (BertConfig, Bert),
     "image_encoder": (ImageEncoderConfig, ImageEncoder),

@@ -35,7 +35,6 @@ LECUN_STACKED: Initializer = jax.nn.initializers.variance_scaling(
     1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,)
 )
 ZEROS: Initializer = jax.nn.initializers.zeros
-NORMAL: Initializer = jax.nn.initializers.normal(0.02)
 
 
 def expand_like(vector: Array, x: Array) -> Array:
@@ -73,8 +72,8 @@ class Embedder(nnx.Module):
     """A two-layer MLP with SiLU between: times, pooled text and guidance enter through one each."""
 
     def __init__(self, inputs: int, width: int, *, rngs: nnx.Rngs):
-        self.up = Linear(inputs, width, rngs=rngs, init=NORMAL)
-        self.down = Linear(width, width, rngs=rngs, init=NORMAL)
+        self.up = Linear(inputs, width, rngs=rngs)
+        self.down = Linear(width, width, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """x (b, in) -> (b, d)."""

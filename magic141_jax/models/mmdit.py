@@ -10,8 +10,8 @@ inputs (b, f, h, w, in_channels), t (b,), text (b, s, e), pooled (b, p)  ->  (b,
     out   = unpatchify(linear(modulated norm(video)))
 
 Blocks of a kind are stacked on a leading layer axis and scanned, so compile time does not grow with depth. Every
-modulation is (shift, scale, gate) in that order and starts at zero, as does the output layer: a fresh network
-predicts 0.
+modulation is (shift, scale, gate) in that order and starts at zero (gates at `gate_start`), as does the output layer:
+a fresh network predicts 0.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class MMDiTConfig:
       rope_axes: head dims rotated by the frame, row and column position; they sum to head_width.
       guidance_embedding: whether the guidance scale is an input (a guidance-distilled network).
       prediction: what the output means: the velocity, or the clean sample x0.
+      gate_start: the residual gates of a fresh network. 0 is adaLN-zero, whose blocks open over some ten thousand
+        steps; in a short run they would stay shut, and 1 lets every block work from the first step.
       remat: what the backward pass recomputes in each block: nothing, all of it, or all but matrix products.
       compute_dtype: dtype of activations; parameters stay as given.
     """
@@ -71,6 +73,7 @@ class MMDiTConfig:
     time_features: int = 256
     guidance_embedding: bool = False
     prediction: Literal["velocity", "sample"] = "velocity"
+    gate_start: float = 0.0
     remat: Literal["none", "full", "dots"] = "none"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["xla", "jax"] = "xla"
@@ -110,6 +113,7 @@ def emoji() -> MMDiTConfig:
         text_width=384,
         pooled_width=384,
         prediction="sample",
+        gate_start=1.0,
     )
 
 
@@ -174,6 +178,8 @@ class Stream(nnx.Module):
         inner = config.heads * config.head_width
         linear = functools.partial(nn.Linear, layers=layers, rngs=rngs)
         self.modulation = linear(config.width, modulations * config.width, init=nn.ZEROS)
+        parts = jnp.arange(modulations) % 3 == 2  # (shift, scale, gate), once or twice
+        self.modulation.bias[...] += config.gate_start * jnp.repeat(parts, config.width)[None]
         self.qkv = linear(config.width, 3 * inner)
         self.qk_scale = nnx.Param(jnp.ones((layers, 2, config.head_width)))
         self.attention_out = linear(inner, config.width, bias=bias)
@@ -250,6 +256,7 @@ class RefinerBlocks(nnx.Module):
         d, inner = config.width, config.heads * config.head_width
         linear = functools.partial(nn.Linear, layers=config.refiner_blocks, rngs=rngs)
         self.gates = linear(d, 2 * d, init=nn.ZEROS)
+        self.gates.bias[...] += config.gate_start
         self.norm_1 = nn.AffineNorm(d, layers=config.refiner_blocks)
         self.qkv = linear(d, 3 * inner)
         self.attention_out = linear(inner, d)
