@@ -32,7 +32,7 @@ FINE_STEPS = ((-1, 0), (0, -1), (0, 0), (0, 1), (1, 0), (1, 1), (1, -1), (-1, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A template in a frame: which, where (its top left corner on the torus, to half a pixel), and the error E it leaves."""
+    """A template in a frame: which, where (its top left corner, to half a pixel), and the error E that it leaves."""
 
     subject: int
     phase: int
