@@ -24,7 +24,7 @@ PHASES = 24
 SOURCE = 96  # side of the pack's pictures
 COARSE_PHASES = tuple(range(0, PHASES, 6))
 COARSE_SIZES = tuple(range(round(SIZES[0]) + 1, round(SIZES[1]) + 1, 4))
-MIDDLE_SUBJECTS = 7
+MIDDLE_SUBJECTS, MIDDLE_PHASES = 6, tuple(range(0, PHASES, 2))
 MIDDLE_SIZES = tuple(range(round(SIZES[0]), round(SIZES[1]) + 1, 2))
 FINE_SUBJECTS, FINE_STARTS, FINE_ROUNDS = 5, 6, 2
 FINE_STEPS = ((-1, 0), (0, -1), (0, 0), (0, 1), (1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))  # of moment and size
@@ -32,7 +32,7 @@ FINE_STEPS = ((-1, 0), (0, -1), (0, 0), (0, 1), (1, 0), (1, 1), (1, -1), (-1, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A template in a frame: which, where (its top left corner on the torus, to half a pixel), and the error E it leaves."""
+    """A template in a frame: which, where (its top left corner, to half a pixel), and the error E that it leaves."""
 
     subject: int
     phase: int
@@ -91,7 +91,7 @@ class Search:
         colour = np.asarray(colour, np.float32)
         half = frame.reshape(self.side // 2, 2, self.side // 2, 2, 3).mean((1, 3))
         coarse = best_of_each(self._coarse.place(half, colour))
-        grid = [(m.subject, p, z) for m in coarse[:MIDDLE_SUBJECTS] for p in range(PHASES) for z in MIDDLE_SIZES]
+        grid = [(m.subject, p, z) for m in coarse[:MIDDLE_SUBJECTS] for p in MIDDLE_PHASES for z in MIDDLE_SIZES]
         found = sorted(Bank(self.pack, np.array(grid), self.side // 2).place(half, colour), key=lambda m: m.error)
         middle = best_of_each(found)
         fine = middle[:FINE_SUBJECTS] + found[:FINE_STARTS]  # the second: not to be caught in a wrong moment or size
@@ -165,6 +165,7 @@ def draw_all(pack: EmojiPack, keys: np.ndarray, canvas: int) -> np.ndarray:
     return out
 
 
+@functools.lru_cache(maxsize=4096)
 def _picture(pack: EmojiPack, subject: int, phase: int, shrink: int) -> np.ndarray:
     """One moment of a subject, uint8 (4, y, x); shrunk by averaging."""
     picture = pack.frames(subject)[phase].transpose(2, 0, 1)

@@ -51,7 +51,7 @@ class MMDiTConfig:
       guidance_embedding: whether the guidance scale is an input (a guidance-distilled network).
       prediction: what the output means: the velocity, or the clean sample x0.
       gate_start: the residual gates of a fresh network. 0 is adaLN-zero, whose blocks open over some ten thousand
-        steps; in a short run they would stay shut, and 1 lets every block work from the first step.
+        steps; in a short run they would stay shut, and a fraction lets every block work from the first step.
       remat: what the backward pass recomputes in each block: nothing, all of it, or all but matrix products.
       compute_dtype: dtype of activations; parameters stay as given.
     """
@@ -113,7 +113,7 @@ def emoji() -> MMDiTConfig:
         text_width=384,
         pooled_width=384,
         prediction="sample",
-        gate_start=1.0,
+        gate_start=0.25,
     )
 
 
