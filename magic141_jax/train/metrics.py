@@ -7,6 +7,7 @@ from, so the file is what one uninterrupted run would have written.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 
@@ -87,8 +90,23 @@ class MetricWriter:
             self._board.add_scalar(name, value, step)
 
     def video(self, step: int, name: str, frames: np.ndarray, fps: int) -> None:
-        """Adds frames (b, t, y, x, 3) in [0, 1] to TensorBoard as one animation a row."""
-        self._board.add_video(name, np.moveaxis(np.asarray(frames), -1, 2), step, fps=fps)
+        """Keeps frames (b, t, y, x, 3) in [0, 1], clips one below the other, as samples/<name>-<step>.gif.
+
+        TensorBoard gets the same bytes as an image, which it plays.
+        """
+        b, t, y, x, _ = frames.shape
+        pixels = np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
+        sheet = pixels.transpose(1, 0, 2, 3, 4).reshape(t, b * y, x, 3)
+        first, *rest = [Image.fromarray(frame) for frame in sheet]
+        buffer = io.BytesIO()
+        first.save(buffer, "GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+        path = self._path.parent / "samples" / f"{name}-{step:06d}.gif"
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(buffer.getvalue())
+        temporary.replace(path)
+        image = Summary.Image(height=b * y, width=x, colorspace=3, encoded_image_string=buffer.getvalue())
+        self._board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def close(self) -> None:
         """Flushes and closes everything."""
