@@ -1,0 +1,70 @@
+"""Everything comes back as it was, on another mesh too; old checkpoints go; a half-written one does not count."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magic141_jax import sharding
+from magic141_jax.errors import UserError
+from magic141_jax.sharding import MeshConfig
+from magic141_jax.train import optim
+from magic141_jax.train.checkpoint import Checkpoints
+from magic141_jax.train.state import TrainState
+
+
+def make_state(rows=8):
+    optimizers = {"student": optim.make(optim.OptimizerConfig(), 10)}
+    kernel = jax.random.normal(jax.random.key(1), (rows, 4))
+    return TrainState.create({"student": {"kernel": kernel}}, optimizers, seed=5)
+
+
+class BytesPosition:
+    """A data iterator whose position is bytes, as Grain's loader has it."""
+
+    def __init__(self):
+        self.state = b"\x00start"
+
+    def get_state(self):
+        return self.state
+
+    def set_state(self, state):
+        self.state = state
+
+
+def test_a_state_comes_back_onto_another_mesh(tmp_path):
+    state, position = make_state(), BytesPosition()
+    position.state = b"\xffhere"
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest is None and checkpoints.restore(state, position) is None
+    checkpoints.save(3, state, position, {"seconds": 0.1})
+    assert checkpoints.latest == tmp_path / "3"
+    layout = sharding.shardings(state, sharding.make_mesh(MeshConfig(fsdp=8)), small=1)
+    wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
+    position.state = b"elsewhere"
+    restored, progress = checkpoints.restore(wanted, position)
+    checkpoints.close()
+    assert progress == {"seconds": 0.1} and position.state == b"\xffhere"
+    assert restored.params["student"]["kernel"].addressable_shards[0].data.shape == (1, 4)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(restored))
+
+
+def test_only_the_last_ones_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, make_state(), BytesPosition(), {})
+    assert checkpoints.latest == tmp_path / "3"
+    checkpoints.close()
+    (tmp_path / "4.orbax-checkpoint-tmp").mkdir()  # what a kill in the middle of writing leaves
+    again = Checkpoints(tmp_path, keep=2)
+    assert again.latest == tmp_path / "3" and not (tmp_path / "1").exists()
+    again.close()
+
+
+def test_other_shapes_are_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(), BytesPosition(), {})
+    checkpoints.wait()
+    with pytest.raises(UserError, match="does not fit this config"):
+        checkpoints.restore(jax.tree.map(jnp.asarray, make_state(rows=6)), BytesPosition())
+    checkpoints.close()
