@@ -17,15 +17,15 @@ from magic141_jax.models.mmdit import SIZES
 def get_config():
     """The config, every key of which can be overridden."""
     sizes = dataclasses.replace(
-        SIZES["emoji"](), width=384, heads=6, double_blocks=3, single_blocks=6, compute_dtype="bfloat16"
+        SIZES["emoji"](), width=384, heads=6, double_blocks=2, single_blocks=6, compute_dtype="bfloat16"
     )
     return make_config(
         model={"model": "mmdit", **dataclasses.asdict(sizes)},
         image_encoder={"model": "image_encoder"},
         method={
             "name": "flow_matching",
-            "image_time": {"shift": 2.0},
-            "video_time": {"shift": 3.0},
+            "image_time": {"shift": 4.0},
+            "video_time": {"shift": 4.0},
             "known_frames": (0.0, 0.6, 0.4),
             "history_noise_probability": 0.4,
             "history_noise_max": 0.15,
@@ -40,7 +40,7 @@ def get_config():
             "ema_decay": 0.999,
         },
         train={"steps": 20000, "log_every": 50, "save_every": 2000},
-        storage="bfloat16",
+        storage="int8",  # with the text encoder, 60 MB in all,
         sampling={
             "height": 96,
             "width": 96,
@@ -48,7 +48,7 @@ def get_config():
             "fps": 8.0,
             "num_inference_steps": 8,
             "guidance_scale": 1.5,
-            "shift": 3.0,
+            "shift": 4.0,
             "history_noise": 0.05,
         },
     )

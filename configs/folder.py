@@ -22,7 +22,7 @@ def get_config():
     return make_config(
         model={"model": "mmdit", **dataclasses.asdict(SIZES["emoji"]())},
         image_encoder={"model": "image_encoder"},
-        method={"name": "flow_matching", "image_time": {"shift": 1.5}, "video_time": {"shift": 2.0}},
+        method={"name": "flow_matching", "image_time": {"shift": 4.0}, "video_time": {"shift": 4.0}},
         data={"image_batch": 8, "video_batch": 8, "encoders": WEIGHTS},
         optimizer={"learning_rate": 2e-4, "warmup_steps": 50, "ema_decay": 0.99},
         train={"steps": 500, "save_every": 100, "sample_every": 250},

@@ -117,7 +117,7 @@ def evaluate(
             )
             results["splits"][split] = protocol.evaluate_clips(clips[split], search, progress=progress)
         if args.minute:
-            scenes = protocol.draw_scenes(pack, "train", args.minute, args.seed)
+            scenes = protocol.draw_scenes(pack, "train", args.minute, seed=args.seed)
             results["minute"] = drift.measure_drift(pipeline, pack, search, scenes, options=options, progress=progress)
     return results, clips
 

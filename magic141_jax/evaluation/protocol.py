@@ -46,7 +46,7 @@ class Clips:
     made: dict[str, np.ndarray]
 
 
-def draw_scenes(pack: EmojiPack, split: str, count: int, seed: int = 0) -> tuple[Scene, ...]:
+def draw_scenes(pack: EmojiPack, split: str, count: int, *, seed: int = 0) -> tuple[Scene, ...]:
     """Draws `count` scenes of a split with unleaky starts; every subject comes once before one comes twice."""
     rng = np.random.default_rng((seed, SPLITS.index(split)))
     subjects = pack.held_out if split == "subjects" else pack.trained
@@ -91,7 +91,7 @@ def make_clips(
       progress: is told what has been made.
     """
     side, frames = frame_side(pipeline), pipeline.components.sampling.num_frames
-    scenes = draw_scenes(pack, split, count, seed)
+    scenes = draw_scenes(pack, split, count, seed=seed)
     captions = tuple(caption(pack, s) for s in scenes)
     truth = np.stack([pack.render(s, size=side, num_frames=frames) for s in scenes]).astype(np.float32) / 255
     made = {"truth": truth, "vae": _in_batches(round_trip(pipeline), truth)}

@@ -47,7 +47,7 @@ class Bank:
     Attributes:
       keys: (n, 3) int: subject, phase, size.
       spectra: (n, 4, canvas, canvas / 2 + 1) complex: conjugate transforms of P and a.
-      moments: (n, 7): sums of P^2 (one), P a (three), and a^2 (one) over the canvas, for sum d^2.
+      energy (n,), cross (n, 3), alpha_energy (n,): sums over the canvas of P^2, P a and a^2, for sum d^2.
     """
 
     def __init__(self, pack: EmojiPack, keys: np.ndarray, canvas: int) -> None:

@@ -33,11 +33,11 @@ class VideoVAE(nnx.Module):
     def encode_latents(self, frames: Frames) -> Latents:
         """Frames in [0, 1] -> normalised latents: the posterior's mode."""
         mean, _ = self.encode(2 * frames - 1)
-        return (mean - _per_channel(self.config.latent_mean)) / _per_channel(self.config.latent_std)
+        return (mean - _per_channel(self.config.latent_mean, mean)) / _per_channel(self.config.latent_std, mean)
 
     def decode_latents(self, latents: Latents) -> Frames:
         """Normalised latents -> frames clipped to [0, 1]."""
-        raw = latents * _per_channel(self.config.latent_std) + _per_channel(self.config.latent_mean)
+        raw = latents * _per_channel(self.config.latent_std, latents) + _per_channel(self.config.latent_mean, latents)
         return jnp.clip((self.decode(raw) + 1) / 2, 0, 1)
 
 
@@ -54,6 +54,6 @@ def sample_posterior(key: jax.Array, mean: Latents, logvar: Latents) -> Latents:
     return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, mean.dtype)
 
 
-def _per_channel(values: float | tuple[float, ...]) -> jax.Array:
-    """One number, or one per channel, as (1, 1, 1, 1, c)."""
-    return jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 1, -1)
+def _per_channel(values: float | tuple[float, ...], like: Latents) -> jax.Array:
+    """One number, or one per channel, as (1, 1, 1, 1, c) in the dtype of `like`."""
+    return jnp.asarray(values, like.dtype).reshape(1, 1, 1, 1, -1)

@@ -37,7 +37,7 @@ def make_step(
     shardings that the state keeps from step to step; without it the compiler chooses.
     """
     jitted = jax.jit(
-        functools.partial(_step, method=method, optimizers=optimizers, accumulate=accumulate),
+        functools.partial(_step, method, optimizers, accumulate=accumulate),
         static_argnames="active",
         donate_argnums=0,
         out_shardings=None if layout is None else (layout, None),
@@ -50,19 +50,17 @@ def make_step(
 
 
 def _step(
+    method: Method,
+    optimizers: Mapping[str, Optimizer],
     state: TrainState,
     batch: Batch,
     frozen: dict[str, Params],
     *,
     active: tuple[str, ...],
-    method: Method,
-    optimizers: Mapping[str, Optimizer],
     accumulate: int,
 ) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    gradients = functools.partial(
-        _gradients, method=method, params={**frozen, **state.params}, active=active, step=state.step
-    )
+    gradients = functools.partial(_gradients, method, {**frozen, **state.params}, active=active, step=state.step)
     grads, metrics = _accumulated(gradients, batch, key, accumulate)
     params, opt_state, ema = dict(state.params), dict(state.opt_state), dict(state.ema)
     finite = jnp.array(True)
@@ -83,7 +81,7 @@ def _step(
 
 
 def _gradients(
-    batch: Batch, key: jax.Array, *, method: Method, params: dict[str, Params], active: tuple[str, ...], step: jax.Array
+    method: Method, params: dict[str, Params], batch: Batch, key: jax.Array, *, active: tuple[str, ...], step: jax.Array
 ) -> tuple[dict[str, Params], Metrics]:
     """Gradients of each active role's own loss, and the metrics. XLA shares the forward passes."""
     grads: dict[str, Params] = {}

@@ -50,7 +50,7 @@ def test_other_lengths_name_the_nearest(frames, near):
 def test_latents_are_normalised_and_come_back(config):
     frames = jax.random.uniform(jax.random.key(0), (2, 1, 2, 2, 3))
     latents = Identity(config).encode_latents(frames)
-    want = (2 * frames - 1 - np.array(config.latent_mean)) / np.array(config.latent_std)
+    want = (2 * np.asarray(frames) - 1 - np.array(config.latent_mean)) / np.array(config.latent_std)
     np.testing.assert_allclose(latents, want, atol=1e-6)
     np.testing.assert_allclose(Identity(config).decode_latents(latents), frames, atol=1e-6)
 
