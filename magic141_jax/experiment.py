@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from magic141_jax import settings, sharding, weights
 from magic141_jax.data import __main__ as data_cli
 from magic141_jax.errors import UserError, nearest
-from magic141_jax.models import MODELS, image_encoder, mmdit, patch_vae
+from magic141_jax.models import MODELS, SHARDING_RULES, patch_vae
 from magic141_jax.models.discriminator import Discriminator, DiscriminatorConfig
 from magic141_jax.models.network import Network
 from magic141_jax.pipelines.components import SamplingSettings, load_model
@@ -39,7 +39,7 @@ from magic141_jax.train.metrics import MetricWriter
 from magic141_jax.train.state import TrainState
 from magic141_jax.train.step import make_step
 
-RULES = (*mmdit.SHARDING_RULES, *image_encoder.SHARDING_RULES, *patch_vae.SHARDING_RULES)
+RULES = tuple(rule for name in ("mmdit", "image_encoder", "patch_vae") for rule in SHARDING_RULES[name])
 MAY_CHANGE = ("train.", "mesh.", "data.threads", "sampling.", "components_from")
 STATISTICS_BATCHES = 16
 PREVIEW_CLIPS = 4

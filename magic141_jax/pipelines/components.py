@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from magic141_jax import settings, sharding, weights
 from magic141_jax.diffusion.samplers import Sampler
 from magic141_jax.errors import UserError, nearest
-from magic141_jax.models import MODELS, hunyuan_vae, image_encoder, mmdit, patch_vae
+from magic141_jax.models import MODELS, SHARDING_RULES
 from magic141_jax.models.network import Network
 from magic141_jax.models.text import MiniLMTextEncoder, TextEncoder
 from magic141_jax.pytree import Params, cast, require_match
@@ -35,12 +35,6 @@ from magic141_jax.pytree import Params, cast, require_match
 DEFAULT = "default"
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "weights" / "emoji64"
 TEXT_ENCODERS = {"bert": MiniLMTextEncoder.from_folder}
-SHARDING_RULES = {
-    "mmdit": mmdit.SHARDING_RULES,
-    "hunyuan_vae": hunyuan_vae.SHARDING_RULES,
-    "patch_vae": patch_vae.SHARDING_RULES,
-    "image_encoder": image_encoder.SHARDING_RULES,
-}
 CACHE_VARIABLE = "MAGIC141_JAX_CACHE"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

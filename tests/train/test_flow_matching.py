@@ -7,28 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magic141_jax.models import mmdit
 from magic141_jax.models.image_encoder import ImageEncoder, ImageEncoderConfig
-from magic141_jax.models.mmdit import MMDiT, MMDiTConfig
+from magic141_jax.models.mmdit import MMDiT
 from magic141_jax.models.network import Network
 from magic141_jax.train import flow_matching, optim
 from magic141_jax.train.flow_matching import FlowMatching, FlowMatchingConfig, NullText
 from magic141_jax.train.state import TrainState
 from magic141_jax.train.step import make_step
 
-SIZES = MMDiTConfig(
-    in_channels=9,
-    out_channels=4,
-    width=16,
-    heads=2,
-    head_width=8,
-    double_blocks=1,
-    single_blocks=1,
-    refiner_blocks=1,
-    rope_axes=(4, 2, 2),
-    text_width=8,
-    pooled_width=6,
-    time_features=8,
-)
+SIZES = dataclasses.replace(mmdit.debug(), mlp_ratio=4.0, text_width=8, pooled_width=6, time_features=8)
 NULL = NullText(jnp.zeros((3, 8)), jnp.array([True, False, False]), jnp.zeros(6))
 
 
