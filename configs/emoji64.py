@@ -18,27 +18,30 @@ def get_config():
     """The config, every key of which can be overridden."""
     return make_config(
         model={"model": "mmdit", **dataclasses.asdict(SIZES["emoji"]())},
-        image_encoder={"model": "image_encoder"},
+        image_encoder={"model": "image_encoder", "token_rms": 0.12},  # about 1 after the whitening map of the text
         method={
             "name": "flow_matching",
             # Times near noise: few-step sampling never visits small t, and there is nothing to learn there but detail.
             "image_time": {"shift": 4.0},
             "video_time": {"shift": 4.0},
-            "known_frames": (0.0, 0.6, 0.4),
+            "known_frames": (0.0, 1.0),
             "history_noise_probability": 0.4,
             "history_noise_max": 0.15,
+            "init_records": 2048,
         },
-        data={"path": "runs/emoji64_data", "image_batch": 24, "video_batch": 10, "threads": 1},
+        data={"path": "runs/emoji64_data", "image_batch": 32, "video_batch": 20, "threads": 1},
         optimizer={
-            "learning_rate": 1.5e-3,
-            "warmup_steps": 150,
+            "name": "muon",
+            "muon_learning_rate": 3e-3,
+            "learning_rate": 2e-3,
+            "warmup_steps": 100,
             "decay": "linear",
-            "decay_fraction": 0.45,
-            "final_fraction": 0.01,
+            "decay_fraction": 0.6,
+            "final_fraction": 0.02,
             "b2": 0.98,
             "ema_decay": 0.998,
         },
-        train={"steps": 8000, "log_every": 25, "save_every": 500},
+        train={"steps": 3600, "log_every": 25, "save_every": 500},
         components_from="weights/emoji64",
         storage="bfloat16",
         sampling={

@@ -1,4 +1,4 @@
-"""The embedded default's video autoencoder: 64x64, 17 frames, 8x8x4 compression to 48 channels.
+"""The embedded default's video autoencoder: 64x64, 17 frames, 8x8x4 compression to 32 channels.
 
 Part: the paper takes HunyuanVideo's VAE as it is; this is the small one of the embedded default.
 Data: the emoji pack, composed on the fly; nothing to prepare.

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from magic141_jax import settings, sharding, weights
 from magic141_jax.data import __main__ as data_cli
 from magic141_jax.errors import UserError, nearest
-from magic141_jax.models import MODELS, SHARDING_RULES, patch_vae
+from magic141_jax.models import MODELS, SHARDING_RULES, mmdit, patch_vae
 from magic141_jax.models.discriminator import Discriminator, DiscriminatorConfig
 from magic141_jax.models.network import Network
 from magic141_jax.pipelines.components import SamplingSettings, load_model
@@ -33,7 +33,7 @@ from magic141_jax.pytree import Params, flatten, require_match
 from magic141_jax.train import loop, optim, preview, streams
 from magic141_jax.train.autoencoding import VAE, Autoencoding, AutoencodingConfig, as_float
 from magic141_jax.train.checkpoint import Checkpoints
-from magic141_jax.train.flow_matching import FlowMatching, FlowMatchingConfig, NullText
+from magic141_jax.train.flow_matching import STUDENT, FlowMatching, FlowMatchingConfig, NullText
 from magic141_jax.train.method import Method
 from magic141_jax.train.metrics import MetricWriter
 from magic141_jax.train.state import TrainState
@@ -43,8 +43,6 @@ RULES = tuple(rule for name in ("mmdit", "image_encoder", "patch_vae") for rule 
 MAY_CHANGE = ("train.", "mesh.", "data.threads", "sampling.", "components_from")
 STATISTICS_BATCHES = 16
 PREVIEW_CLIPS = 4
-# Networks whose training starts from a fit to clips in [-1, 1]: (parameters, frames) -> parameters
-DATA_STARTS = {"patch_vae": patch_vae.fit_shortcut}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +147,20 @@ METHODS = {
 }
 
 
+def _fit_vae(params: dict[str, Params], record: Mapping[str, jax.Array]) -> dict[str, Params]:
+    return params | {VAE: patch_vae.fit_shortcut(params[VAE], 2 * as_float(record["frames"]) - 1)}
+
+
+def _fit_transformer(params: dict[str, Params], record: Mapping[str, jax.Array]) -> dict[str, Params]:
+    student = params[STUDENT]
+    fitted = mmdit.fit_text(student["transformer"], record["text"], record["text_mask"], record["pooled"])
+    return params | {STUDENT: student | {"transformer": fitted}}
+
+
+# Networks whose training starts from a fit to the first records of the run: (parameters, record) -> parameters
+DATA_STARTS = {"patch_vae": _fit_vae, "mmdit": _fit_transformer}
+
+
 def record_shape(config: ExperimentConfig) -> streams.RecordShape:
     """The sizes that the model wants of a latent record."""
     model = _model_config(config.model, "model")
@@ -223,13 +235,12 @@ class Experiment:
         has such a start.
         """
         key = jax.random.key(self.config.seed)
-        fit = None if self.config.init_from else DATA_STARTS.get(self.config.model["model"])
-        clips = getattr(self.method.config, "init_clips", 0)
+        fit = DATA_STARTS.get(self.config.model["model"])
+        count = getattr(self.method.config, "init_records", 0)
         if self.config.init_from:
             params = self._loaded_params()
-        elif fit is not None and clips:
-            params = self.method.init(key)
-            params[VAE] = fit(params[VAE], self._clips(clips))
+        elif fit is not None and count:
+            params = fit(self.method.init(key), self._records(count))
         else:
             return jax.jit(lambda: self._state(self.method.init(key)), out_shardings=self.layout)()
         return jax.jit(self._state, out_shardings=self.layout)(jax.device_put(params, self.layout.params))
@@ -316,13 +327,13 @@ class Experiment:
 
         return callback
 
-    def _clips(self, count: int) -> jax.Array:
-        """The first `count` clips of the run's videos (of its images if it has none), in [-1, 1]."""
+    def _records(self, count: int) -> dict[str, jax.Array]:
+        """The first `count` records of the run's videos (of its images if it has none)."""
         part = "video" if self.config.data.video_batch else "image"
-        batches, clips = self.batches(), []
-        while sum(len(x) for x in clips) < count:
-            clips.append(next(batches)[part]["frames"])
-        return 2 * as_float(jnp.asarray(np.concatenate(clips)[:count])) - 1
+        batches, found = self.batches(), []
+        while sum(len(next(iter(record.values()))) for record in found) < count:
+            found.append(streams.arrays(next(batches))[part])
+        return {name: jnp.asarray(np.concatenate([r[name] for r in found])[:count]) for name in found[0]}
 
     def _loaded_params(self) -> dict[str, Params]:
         """Fresh parameters with the components that `init_from` has put in their places."""
@@ -343,7 +354,13 @@ class Experiment:
         return fresh
 
     def _with_statistics(self, config: Any, params: Params) -> Any:
-        """The VAE's config with the means and the deviation of its latents on the data: diffusion sees unit size."""
+        """The VAE's config with the means and the deviation of its latents on the data: diffusion sees unit size.
+
+        An encoder that is not trained keeps the statistics that came with it.
+        """
+        if self.config.init_from and not self.method.config.train_encoder:
+            given = weights.read_json(Path(self.config.init_from) / "vae" / "config.json")
+            return dataclasses.replace(config, **{k: tuple(given[k]) for k in ("latent_mean", "latent_std")})
         network = Network.create(MODELS[self.config.model["model"]][1], config)
         encode = jax.jit(lambda p, frames: network(p, 2 * as_float(frames) - 1, method="encode")[0])
         batches, sums = self.batches(), []

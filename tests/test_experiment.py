@@ -36,7 +36,7 @@ def tiny(**changes):
             "encoder_blocks": (0, 0),
             "decoder_blocks": (0, 0),
         },
-        method={"name": "autoencoding", "init_clips": 8},
+        method={"name": "autoencoding", "init_records": 8},
         data={"video_batch": 8, "threads": 0},
         optimizer={"warmup_steps": 2},
         train={"steps": 4, "log_every": 1, "save_every": 2},
@@ -107,7 +107,7 @@ def test_a_folder_of_clips_is_prepared_once(tmp_path, capsys):
         pictures[0].save(folder / f"{name}.gif", save_all=True, append_images=pictures[1:], duration=125)
     (folder / "captions.csv").write_text("file,caption\na.gif,one\nb.gif,two\nc.gif,lost\n")
     small = {"data__path": str(folder), "data__height": 16, "data__width": 16, "data__num_frames": 5}
-    config = tiny(**small, data__video_batch=2, method__init_clips=0)
+    config = tiny(**small, data__video_batch=2, method__init_records=0)
     for _ in range(2):
         experiment = Experiment.from_config(config, tmp_path / "run", devices=jax.devices()[:1])
     assert capsys.readouterr().out.count("c.gif") == 1, "what was left out is said, and preparing is done once"
@@ -145,6 +145,20 @@ def test_weights_go_out_with_statistics_and_in_again(clips, tmp_path):
         Experiment.from_config(wider, tmp_path / "wider").initial_state()
 
 
+def test_a_decoder_trained_alone_keeps_the_latents(clips, tmp_path):
+    first = Experiment.from_config(tiny(data__path=clips), tmp_path / "first")
+    first.export(first.train(progress=False).state, tmp_path / "out")
+    before, given = weights.load(tmp_path / "out" / "vae")
+    alone = {"method__train_encoder": False, "optimizer__weight_decay": 0.0, "seed": 1}
+    second = Experiment.from_config(tiny(data__path=clips, init_from=str(tmp_path / "out"), **alone), tmp_path / "next")
+    second.export(second.train(progress=False).state, tmp_path / "new")
+    after, trained = weights.load(tmp_path / "new" / "vae")
+    assert before == after, "statistics included"
+    for name in given:
+        same = all(map(np.array_equal, jax.tree.leaves(given[name]), jax.tree.leaves(trained[name])))
+        assert same == name.startswith(("embed", "encoder", "fold", "to_latent")) or not jax.tree.leaves(given[name])
+
+
 def test_a_run_goes_on_only_with_its_own_network(clips, tmp_path, caplog):
     Experiment.from_config(tiny(data__path=clips), tmp_path).train(progress=False)
     with pytest.raises(UserError, match=r"model.latent_channels was 4 and is 5"):
@@ -158,7 +172,7 @@ def test_a_run_goes_on_only_with_its_own_network(clips, tmp_path, caplog):
 def test_a_start_fitted_to_the_data_is_better(clips, tmp_path):
     errors = []
     for count in (0, 8):
-        experiment = Experiment.from_config(tiny(data__path=clips, method__init_clips=count), tmp_path)
+        experiment = Experiment.from_config(tiny(data__path=clips, method__init_records=count), tmp_path)
         record = {"video": {"frames": next(experiment.batches())["video"]["frames"]}}
         params = experiment.initial_state().params
         _, found = jax.jit(experiment.method.losses)(params, record, jax.random.key(0), 0)

@@ -57,6 +57,9 @@ def _parser() -> _Parser:
         "--weights", metavar="DIR", help="store latents and text states made by this folder's vae and text_encoder"
     )
     made.add_argument(
+        "--text_length", type=int, metavar="N", help="tokens kept of a caption (default: the text encoder's length)"
+    )
+    made.add_argument(
         "--limit",
         type=int,
         metavar="N",
@@ -82,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    for name, low in (("limit", 1), ("seed", 0), ("fps", 0)):
+    for name, low in (("limit", 1), ("seed", 0), ("fps", 0), ("text_length", 3)):
         value = getattr(args, name)
         if value is not None and not (low <= value < 2**31 and math.isfinite(value)):
             raise UserError(f"--{name} is {value}; it must be {low} or more")
@@ -90,7 +93,7 @@ def _prepare(args: argparse.Namespace) -> None:
     metadata: dict[str, Any] = {"source": args.source, "seed": args.seed}
     encoders, settings, factors = None, DEFAULTS, (8, 4)
     if args.weights:
-        encoders, settings, factors, metadata["weights"] = _load_encoders(args.weights)
+        encoders, settings, factors, metadata["weights"] = _load_encoders(args.weights, args.text_length)
     fps = settings["fps"] if args.fps is None else args.fps
     sizes = [parse_size(text) for text in args.size] if args.size else [(settings["height"], settings["width"])]
     lengths = args.num_frames or [settings["num_frames"]]
@@ -139,9 +142,10 @@ def _open_emoji(args: argparse.Namespace, buckets: tuple[Bucket, ...], split: st
     return Joined([EmojiClips(config, pack) for config in configs])
 
 
-def _load_encoders(folder: str) -> tuple[Encoders, dict[str, Any], tuple[int, int], str]:
+def _load_encoders(folder: str, text_length: int | None) -> tuple[Encoders, dict[str, Any], tuple[int, int], str]:
     """The encoders of a weights folder, the sizes it was made for, its (spatial, temporal) factors and its digest.
 
+    Captions come to `text_length` tokens, or to the text encoder's own number of them: short captions train faster.
     Only vae/ and text_encoder/ are read, so that latents can be made before there is a transformer.
     """
     path = find_folder(folder)
@@ -149,7 +153,7 @@ def _load_encoders(folder: str) -> tuple[Encoders, dict[str, Any], tuple[int, in
     kind = weights.read_json(path / "text_encoder" / "config.json").get("model")
     if kind not in TEXT_ENCODERS:
         raise UserError(f"{path / 'text_encoder'} holds {kind!r}; known are {', '.join(TEXT_ENCODERS)}")
-    text_encoder = TEXT_ENCODERS[kind](path / "text_encoder")
+    text_encoder = TEXT_ENCODERS[kind](path / "text_encoder", text_length)
 
     @jax.jit
     def encode(params: Any, frames: jax.Array) -> jax.Array:

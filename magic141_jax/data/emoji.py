@@ -29,7 +29,6 @@ from magic141_jax.errors import UserError, nearest
 
 DEFAULT_PACK = Path(__file__).parents[2] / "datasets" / "emoji" / "emoji.zip"
 TRIPLE_FOLD = 11
-CELL = 8  # pixels to a latent
 POSTER_STARTS = 0.4  # share of videos that start from a poster, as a first window does
 CANVAS = 64  # sizes and speeds below are in pixels of a 64-pixel frame and scale with the frame
 
@@ -47,27 +46,27 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Motion:
-    """A motion: pixels (or relative growth) a frame, the poster's offset and size, and the words for it."""
+    """A motion: pixels of place and of size a frame, the offset of its poster from the middle, and its words."""
 
     velocity: tuple[float, float]  # (y, x) pixels a frame
     growth: float  # pixels of size a frame
     poster_offset: tuple[float, float]
-    poster_size: float
     words: tuple[str, ...]
 
 
-SPEED = 2.0
-GROWTH = 1.25
-SIZES = (24.0, 50.0)
-USUAL_SIZE = 36.0
+SPEED = 1.0
+GROWTH = 0.75
+SIZES = (24.0, 52.0)
+USUAL_SIZE = 40.0
+ASIDE = 8.0  # of a poster's centre from the frame's: two places a patch of the transformer apart on each axis
 MOTIONS: dict[str, Motion] = {
-    "left": Motion((0, -SPEED), 0, (0, 13), USUAL_SIZE, ("moves left", "goes left", "moves to the left")),
-    "right": Motion((0, SPEED), 0, (0, -13), USUAL_SIZE, ("moves right", "goes right", "moves to the right")),
-    "up": Motion((-SPEED, 0), 0, (13, 0), USUAL_SIZE, ("moves up", "goes up", "rises")),
-    "down": Motion((SPEED, 0), 0, (-13, 0), USUAL_SIZE, ("moves down", "goes down", "sinks")),
-    "grows": Motion((0, 0), GROWTH, (0, 0), 28.0, ("grows", "gets bigger", "grows and stays in the middle")),
-    "shrinks": Motion((0, 0), -GROWTH, (0, 0), 48.0, ("shrinks", "gets smaller", "shrinks and stays in the middle")),
-    "still": Motion((0, 0), 0, (0, 0), USUAL_SIZE + 4, ("stands still", "stays still", "stays in the middle")),
+    "left": Motion((0, -SPEED), 0, (ASIDE, ASIDE), ("moves left", "goes left", "moves to the left")),
+    "right": Motion((0, SPEED), 0, (ASIDE, -ASIDE), ("moves right", "goes right", "moves to the right")),
+    "up": Motion((-SPEED, 0), 0, (ASIDE, ASIDE), ("moves up", "goes up", "rises")),
+    "down": Motion((SPEED, 0), 0, (-ASIDE, ASIDE), ("moves down", "goes down", "sinks")),
+    "grows": Motion((0, 0), GROWTH, (ASIDE, ASIDE), ("grows", "gets bigger", "grows and stays in place")),
+    "shrinks": Motion((0, 0), -GROWTH, (ASIDE, ASIDE), ("shrinks", "gets smaller", "shrinks and stays in place")),
+    "still": Motion((0, 0), 0, (ASIDE, ASIDE), ("stands still", "stays still", "stays in place")),
 }
 TEMPLATES = (
     "a {name} {motion} on a {colour} background",
@@ -155,7 +154,7 @@ class EmojiPack:
             diameter = float(np.clip(scene.size + motion.growth * i, *SIZES)) if motion.growth else scene.size
             side = max(round(diameter * unit), 2)
             picture = Image.fromarray(loop[(scene.phase + i) % len(loop)], "RGBa").resize(
-                (side, side), Image.Resampling.LANCZOS, reducing_gap=2.0
+                (side, side), Image.Resampling.BILINEAR
             )
             rgba = np.asarray(picture).astype(np.uint16)
             y, x = (round((c + v * i) * unit - side / 2) for c, v in zip(scene.centre, motion.velocity, strict=True))
@@ -190,33 +189,31 @@ def poster(subject: int, colour: str, motion: str) -> Scene:
     """The opening scene of a caption: the subject whole, with room for its motion, its animation at the start."""
     m = MOTIONS[motion]
     centre = (CANVAS / 2 + m.poster_offset[0], CANVAS / 2 + m.poster_offset[1])
-    return Scene(subject, colour, motion, centre, m.poster_size)
+    return Scene(subject, colour, motion, centre, USUAL_SIZE)
 
 
 def draw_scene(
     pack: EmojiPack, rng: np.random.Generator, *, kind: Literal["image", "video"], subjects: tuple[int, ...]
 ) -> Scene:
-    """Draws a scene: a jittered poster for images; for videos such a poster, of any motion, or any place and moment.
+    """Draws a scene: a poster for images; for videos a poster, of any motion, or any place, size and moment.
 
-    A video that starts from a poster takes its own motion independently of the poster's, so nothing leaks.
+    A poster stands on either side of the middle on an axis along which it won't move. Its places are a patch of the
+    transformer apart: tokens then look the same wherever it stands, so where a subject is and what it looks like are
+    learned apart, which makes text to image learnable in minutes. A video that starts from a poster takes its own
+    motion independently of the poster's, so nothing leaks.
     """
     subject = int(rng.choice(subjects))
     colour, motion, placed_for = str(rng.choice(list(COLOURS))), *rng.choice(list(MOTIONS), 2).tolist()
     if kind == "image" or rng.random() < POSTER_STARTS:
-        base = poster(subject, colour, motion if kind == "image" else placed_for)
-        return dataclasses.replace(base, motion=motion, centre=tuple(_shift(rng, c, base.size) for c in base.centre))
+        place = motion if kind == "image" else placed_for
+        base = poster(subject, colour, place)
+        centre = tuple(
+            c if v else float(rng.choice((c, CANVAS - c)))
+            for c, v in zip(base.centre, MOTIONS[place].velocity, strict=True)
+        )
+        return dataclasses.replace(base, motion=motion, centre=centre)
     centre = (float(rng.integers(CANVAS)), float(rng.integers(CANVAS)))
     return Scene(subject, colour, motion, centre, float(rng.integers(SIZES[0], SIZES[1] + 1)), int(rng.integers(24)))
-
-
-def _shift(rng: np.random.Generator, centre: float, size: float) -> float:
-    """Moves a poster along one axis by a whole cell or not at all, as long as the subject stays whole.
-
-    Whole cells, because latents of a cell then look the same wherever it stands: where a subject is and what it looks
-    like can be learned apart, which makes text to image learnable in minutes.
-    """
-    places = [centre + step for step in (-CELL, 0, CELL) if size / 2 <= centre + step <= CANVAS - size / 2]
-    return float(rng.choice(places))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ from magic141_jax.evaluation.templates import Placement, Search
 
 PSNR, OUTLINE, INTERIOR = 17.0, 0.7, 0.5
 SMALLEST_INTERIOR = 30  # pixels of a 64-pixel frame
-MOVING = 0.6  # pixels (of 64) a frame; the set's motions have 2
+MOVING = 0.5  # pixels (of 64) a frame; the set's motions have 1
 GROWING = 0.06  # of log size, between the first and the last third of a clip
 
 

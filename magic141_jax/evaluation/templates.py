@@ -178,10 +178,10 @@ def _picture(pack: EmojiPack, subject: int, phase: int, shrink: int) -> np.ndarr
 
 @functools.lru_cache(maxsize=512)
 def _resize_matrix(source: int, side: float) -> np.ndarray:
-    """Lanczos-3 from `source` pixels to `side` pixels, of which the last may be partly covered."""
+    """The triangle filter, from `source` pixels to `side`, of which the last may be partly covered."""
     scale = source / side
     count = int(np.ceil(side))
     distance = (np.arange(source) + 0.5 - (np.arange(count)[:, None] + 0.5) * scale) / max(scale, 1)
-    weights = np.where(np.abs(distance) < 3, np.sinc(distance) * np.sinc(distance / 3), 0)
+    weights = np.maximum(1 - np.abs(distance), 0)
     covered = np.clip(side - np.arange(count), 0, 1)[:, None]
     return (weights / weights.sum(1, keepdims=True) * covered).astype(np.float32)

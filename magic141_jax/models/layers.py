@@ -151,6 +151,18 @@ def rope_tables(
     return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
 
 
+def sine_positions(grid: tuple[int, int, int], width: int, theta: float) -> Float[Array, "l width"]:
+    """Cosines, then sines, of the positions in a grid of tokens: a quarter for the frame, the rest for row and column.
+
+    Raises:
+      UserError: `width` is not a multiple of 16.
+    """
+    if width % 16:
+        raise UserError(f"absolute positions need a width that is a multiple of 16, not {width}")
+    cos, sin = rope_tables(grid, (width // 4, 3 * width // 8, 3 * width // 8), theta, text=0)
+    return jnp.concatenate([cos[:, : width // 2], sin[:, width // 2 :]], -1)
+
+
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Rotates the pairs (i, i + k/2) of x (..., k); `cos` and the signed `sin` broadcast against x."""
     y = x.astype(jnp.float32)

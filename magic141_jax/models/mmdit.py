@@ -48,6 +48,9 @@ class MMDiTConfig:
       width: d; normally heads * head_width, though pruned networks may have fewer heads.
       mlp_ratio: MLP width over d.
       rope_axes: head dims rotated by the frame, row and column position; they sum to head_width.
+      absolute_positions: whether patches also carry sine features of their frame, row and column. RoPE alone tells
+        a token where others are, not where or when it is itself, which motion depends on; learning that from
+        attention to the text takes longer than a short run has.
       guidance_embedding: whether the guidance scale is an input (a guidance-distilled network).
       prediction: what the output means: the velocity, or the clean sample x0.
       gate_start: the residual gates of a fresh network. 0 is adaLN-zero, whose blocks open over some ten thousand
@@ -68,6 +71,7 @@ class MMDiTConfig:
     mlp_ratio: float = 4.0
     rope_axes: tuple[int, int, int] = (16, 56, 56)
     rope_theta: float = 256.0
+    absolute_positions: bool = False
     text_width: int = 4096
     pooled_width: int = 768
     time_features: int = 256
@@ -99,10 +103,10 @@ def hunyuan_13b() -> MMDiTConfig:
 
 
 def emoji() -> MMDiTConfig:
-    """The embedded default at 64x64 pixels, over latents of 48 channels."""
+    """The embedded default at 64x64 pixels, over latents of 32 channels."""
     return MMDiTConfig(
-        in_channels=97,
-        out_channels=48,
+        in_channels=65,
+        out_channels=32,
         width=256,
         heads=4,
         head_width=64,
@@ -110,6 +114,7 @@ def emoji() -> MMDiTConfig:
         single_blocks=4,
         refiner_blocks=1,
         rope_axes=(16, 24, 24),
+        absolute_positions=True,
         text_width=384,
         pooled_width=384,
         prediction="sample",
@@ -357,6 +362,8 @@ class MMDiT(nnx.Module):
         features = nn.time_features(TIME_SCALE * t, config.time_features)
         condition = self._condition(features, pooled, guidance)
         video = self.patch_in(nn.patchify(inputs.astype(dtype), config.patch))
+        if config.absolute_positions:
+            video += nn.sine_positions(grid, config.width, config.rope_theta).astype(dtype)[None]
         words = self.text_in(text.astype(dtype), _never_empty(text_mask), features.astype(dtype))
 
         cos, sin = nn.rope_tables(grid, config.rope_axes, config.rope_theta, text=text.shape[1])
@@ -394,6 +401,45 @@ def _never_empty(mask: Array) -> Array:
     """The mask (b, s) with column 0 opened in rows that have no token at all, so that softmax has a key."""
     first = jnp.arange(mask.shape[1])[None, :] == 0
     return mask.astype(bool) | (first & ~mask.any(axis=1, keepdims=True))
+
+
+WHITENING_FLOOR = 0.01  # of the largest variance: directions far below it carry no word, and stay quiet
+
+
+def fit_text(params: Params, text: Tokens, mask: TokenMask, pooled: Pooled) -> Params:
+    """Returns `params` whose first maps of the text give decorrelated features of unit size on these captions.
+
+    States of a pretrained language model share a large mean and vary in few directions; which verb of motion or
+    colour was used is a small part of it, that a network fed with plain states takes thousands of steps to hear. Each
+    first map W is replaced by (x - mean) S W with S the regularised inverse root of the covariance; it is a start,
+    trained on like any other.
+
+    Args:
+      params: of a fresh `MMDiT`.
+      text (n, s, e), mask (n, s), pooled (n, p): text states of captions of the data.
+    """
+    weights = mask.astype(jnp.float32)[..., None]
+    text = text.astype(jnp.float32)
+    means = (text * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
+    refiner = params["text_in"]
+    return params | {
+        "pooled_in": params["pooled_in"] | {"up": _whitened(params["pooled_in"]["up"], pooled.astype(jnp.float32))},
+        "text_in": refiner
+        | {
+            "project": _whitened(refiner["project"], text[mask.astype(bool)]),
+            "pooled": refiner["pooled"] | {"up": _whitened(refiner["pooled"]["up"], means)},
+        },
+    }
+
+
+def _whitened(linear: Params, rows: Float[Array, "n e"]) -> Params:
+    """A linear map of whitened rows: outputs of mean 0 and of variance 1 on average, before the map's own bias."""
+    mean = rows.mean(0)
+    variances, vectors = jnp.linalg.eigh(jnp.cov(rows, rowvar=False))
+    gains = jax.lax.rsqrt(jnp.maximum(variances, 0) + WHITENING_FLOOR * variances[-1])
+    gains *= jnp.sqrt(len(mean) / jnp.sum(gains**2 * jnp.maximum(variances, 0)))  # lecun kernels keep the mean square
+    kernel = vectors @ (gains[:, None] * (vectors.T @ linear["kernel"]))
+    return {"kernel": kernel, "bias": linear["bias"] - mean @ kernel}
 
 
 def velocity_fn(network: Network, params: Params, *, guidance: float | None = None) -> Callable[..., Latents]:

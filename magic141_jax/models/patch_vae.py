@@ -43,7 +43,7 @@ SHARDING_RULES = ((r".*\.(expand|embed|fold)\.kernel", (None, "tensor")), (r".*\
 class PatchVAEConfig:
     """Sizes of a `PatchVAE`; latent_mean and latent_std hold one number per channel, or one for all."""
 
-    latent_channels: int = 48
+    latent_channels: int = 32
     widths: tuple[int, int] = (96, 192)  # at 1/4 and at 1/8 of the resolution
     encoder_blocks: tuple[int, int] = (1, 2)
     decoder_blocks: tuple[int, int] = (2, 2)

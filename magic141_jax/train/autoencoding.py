@@ -38,7 +38,9 @@ class AutoencodingConfig:
       crop_size: height and width of a crop, a multiple of the VAE's spatial factor; 0 takes the whole frame.
       adversarial: weight of the generator's adversarial term; 0 trains no discriminator at all.
       adversarial_start: the step from which it counts (the discriminator learns from the start).
-      init_clips: clips on which a start that depends on the data is fitted (a PatchVAE's principal components);
+      train_encoder: False trains the decoder alone, so that latents made before stay valid. Give such a run
+        `init_from`, whose latent statistics it keeps, and no weight decay.
+      init_records: clips on which a start that depends on the data is fitted (a PatchVAE's principal components);
         0 starts at random.
     """
 
@@ -52,7 +54,8 @@ class AutoencodingConfig:
     adversarial: float = 0.0
     adversarial_start: int = 0
     adversarial_loss: Literal["relativistic", "hinge"] = "relativistic"
-    init_clips: int = 256
+    train_encoder: bool = True
+    init_records: int = 256
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,6 +124,8 @@ class Autoencoding:
         crop_key, sample_key = jax.random.split(key)
         target = 2 * as_float(crop(frames, crop_key, config.crop_frames, config.crop_size)) - 1
         mean, logvar = self.vae(params[VAE], target, method="encode")
+        if not config.train_encoder:
+            mean, logvar = jax.lax.stop_gradient((mean, logvar))
         restored = self.vae(params[VAE], sample_posterior(sample_key, mean, logvar), method="decode")
         restored = restored.astype(jnp.float32)
         terms = reconstruction_terms(restored, target)

@@ -44,6 +44,7 @@ class FlowMatchingConfig:
       known_weight: weight of the known frames in the loss against the unknown ones. In sampling they travel the
         path as well, so some weight keeps them on it; 0 leaves them out.
       image_weight, video_weight: weights of the two halves of the batch.
+      init_records: captions on which the first maps of the text are fitted, see `mmdit.fit_text`; 0 draws them.
     """
 
     image_time: TimeDensity = dataclasses.field(default_factory=TimeDensity)
@@ -55,6 +56,7 @@ class FlowMatchingConfig:
     known_weight: float = 0.1
     image_weight: float = 1.0
     video_weight: float = 1.0
+    init_records: int = 0
 
     def __post_init__(self) -> None:
         if not self.known_frames or abs(sum(self.known_frames) - 1) > 1e-6 or min(self.known_frames) < 0:

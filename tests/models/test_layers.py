@@ -38,6 +38,16 @@ def test_rope_leaves_text_and_lengths_alone():
     assert not np.allclose(y[1:-5], x[1:-5])
 
 
+def test_absolute_positions_tell_tokens_apart():
+    features = np.asarray(layers.sine_positions(GRID, 32, 256.0))
+    assert features.shape == (len(positions()), 32)
+    np.testing.assert_allclose(np.square(features).sum(1), 16, rtol=1e-5)
+    distances = np.linalg.norm(features[:, None] - features[None], axis=-1)
+    assert distances[~np.eye(len(features), dtype=bool)].min() > 0.5
+    with pytest.raises(UserError, match="multiple of 16, not 24"):
+        layers.sine_positions(GRID, 24, 256.0)
+
+
 @pytest.mark.parametrize("backend", layers.ATTENTION)
 def test_attention_is_the_masked_softmax_average(backend):
     rng = np.random.default_rng(0)

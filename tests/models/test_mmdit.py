@@ -10,7 +10,7 @@ import pytest
 
 from magic141_jax.diffusion import conditioning, flow
 from magic141_jax.errors import UserError
-from magic141_jax.models.mmdit import SHARDING_RULES, SIZES, MMDiT, debug, velocity_fn
+from magic141_jax.models.mmdit import SHARDING_RULES, SIZES, MMDiT, debug, fit_text, velocity_fn
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import count, flatten
 
@@ -88,6 +88,18 @@ def test_positions_matter_to_video_tokens(apply, params):
     x, *rest = inputs()
     flipped = apply(params, x[:, :, ::-1], *rest)[:, :, ::-1]
     assert jnp.abs(flipped - apply(params, x, *rest)).max() > 1e-3
+
+
+def test_absolute_positions_tell_equal_tokens_apart(params):
+    """Without them tokens of equal content in a frame without text see the same everywhere."""
+    x, t, text, mask, pooled = inputs()
+    flat = jnp.broadcast_to(x[:, :1, :1, :1], x.shape)
+    spread = []
+    for absolute in (False, True):
+        network = Network.create(MMDiT, dataclasses.replace(CONFIG, absolute_positions=absolute))
+        out = network(params, flat, t, text, jnp.zeros_like(mask), pooled)
+        spread.append(float(jnp.abs(out - jnp.tile(out[:, :1, :2, :2], (1, 2, 2, 2, 1))).max()))
+    assert spread[1] > 1e-2 > spread[0]
 
 
 def test_scan_applies_the_blocks_in_order(network, params):
@@ -179,3 +191,26 @@ def test_published_size_and_debug_size():
     parameters = {name: count(Network.create(MMDiT, size()).abstract_params) for name, size in SIZES.items()}
     assert parameters["debug"] < 30_000
     assert parameters["hunyuan_13b"] == pytest.approx(12.8e9, rel=0.01)
+
+
+def test_fitted_text_maps_hear_quiet_directions(network):
+    """States that share a large mean and differ loudly in one direction: fitted features are of unit size anyway."""
+    rng = np.random.default_rng(0)
+    loudness = np.geomspace(3, 0.5, 12)
+    text = (5 + rng.normal(size=(400, 6, 12)) * loudness).astype(np.float32)
+    mask = np.arange(6)[None] < rng.integers(1, 7, 400)[:, None]
+    pooled = (text * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+    fresh = network.init(jax.random.key(0))
+    params = fit_text(fresh, jnp.asarray(text), jnp.asarray(mask), jnp.asarray(pooled))
+    linears = {
+        "text_in.project": (params["text_in"]["project"], fresh["text_in"]["project"], text[mask]),
+        "text_in.pooled": (params["text_in"]["pooled"]["up"], fresh["text_in"]["pooled"]["up"], pooled),
+        "pooled_in": (params["pooled_in"]["up"], fresh["pooled_in"]["up"], pooled),
+    }
+    for name, (linear, before, rows) in linears.items():
+        kernel, bias = np.asarray(linear["kernel"]), np.asarray(linear["bias"])
+        features = (rows - rows.mean(0)) @ kernel
+        np.testing.assert_allclose(features.var(), np.square(before["kernel"]).sum() / 16, rtol=0.2, err_msg=name)
+        np.testing.assert_allclose((rows @ kernel + bias).mean(0), 0, atol=2e-3, err_msg=name)
+        quiet, loud = (np.square(kernel[i] * loudness[i]).sum() for i in (-1, 0))
+        assert quiet > 0.25 * loud, f"{name}: plain states would give 1 / 36"
