@@ -29,7 +29,7 @@ def get_config():
             "history_noise_max": 0.15,
             "init_records": 2048,
         },
-        data={"path": "runs/emoji64_data", "image_batch": 32, "video_batch": 20, "threads": 1},
+        data={"path": "runs/emoji64_data", "image_batch": 24, "video_batch": 24, "threads": 1},
         optimizer={
             "name": "muon",
             "muon_learning_rate": 3e-3,

@@ -66,8 +66,8 @@ def config_from_ours(config: MMDiTConfig) -> dict[str, Any]:
       UserError: the published layout can't express the config.
     """
     frames, rows, columns = config.patch
-    if config.absolute_positions:
-        raise UserError("diffusers' layout has no absolute positions; a network trained with them can't be exported")
+    if config.absolute_positions or config.hold_known:
+        raise UserError("diffusers' layout has no absolute_positions and no hold_known; such a network stays here")
     if config.width != config.heads * config.head_width or rows != columns or config.time_features != 256:
         raise UserError(
             "the published layout needs width = heads * head_width, square patches and 256 time features; "

@@ -56,6 +56,7 @@ class Motion:
 
 SPEED = 1.0
 GROWTH = 0.75
+PACE = 0.5  # frames of a subject's loop to a frame of video: a calm animation, of which a window shows a third
 SIZES = (24.0, 52.0)
 USUAL_SIZE = 40.0
 ASIDE = 8.0  # of a poster's centre from the frame's: two places a patch of the transformer apart on each axis
@@ -153,7 +154,7 @@ class EmojiPack:
         for i in range(num_frames):
             diameter = float(np.clip(scene.size + motion.growth * i, *SIZES)) if motion.growth else scene.size
             side = max(round(diameter * unit), 2)
-            picture = Image.fromarray(loop[(scene.phase + i) % len(loop)], "RGBa").resize(
+            picture = Image.fromarray(loop[(scene.phase + int(PACE * i)) % len(loop)], "RGBa").resize(
                 (side, side), Image.Resampling.BILINEAR
             )
             rgba = np.asarray(picture).astype(np.uint16)

@@ -79,9 +79,18 @@ def known_latents(latents: Latents, count: int | Int[Array, " b"], frames: int) 
     return jnp.where(mask, padded, 0), mask.astype(latents.dtype)
 
 
-def model_input(x: Latents, cond: Conditioning) -> Float[Array, "b f h w 2*c+1"]:
-    """The network's input: noisy latents, known latents and mask on the channels."""
-    return jnp.concatenate([x, cond.known.astype(x.dtype), cond.mask.astype(x.dtype)], axis=-1)
+def model_input(x: Latents, cond: Conditioning, *, hold: bool = False) -> Float[Array, "b f h w 2*c+1"]:
+    """The network's input: noisy latents, known latents and mask on the channels.
+
+    With `hold` the unknown frames carry the last known one where the published layout has zeros, as Stable Video
+    Diffusion (arXiv 2311.15127) repeats its image: what stays where it is needs no attention to be copied.
+    """
+    known = cond.known
+    if hold:
+        count = (cond.mask[:, :, :1, :1] > 0).sum(axis=1, keepdims=True)
+        last = jnp.take_along_axis(known, jnp.maximum(count - 1, 0), axis=1)
+        known = jnp.where(cond.mask > 0, known, last)
+    return jnp.concatenate([x, known.astype(x.dtype), cond.mask.astype(x.dtype)], axis=-1)
 
 
 def with_image_tokens(text: Tokens, text_mask: TokenMask, tokens: Tokens) -> tuple[Tokens, TokenMask]:

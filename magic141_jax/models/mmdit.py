@@ -44,6 +44,7 @@ class MMDiTConfig:
 
     Attributes:
       in_channels: noisy latents, plus known latents and their mask (2c + 1) where the network is conditioned on them.
+      hold_known: whether unknown frames carry the last known one on the known channels, instead of zeros.
       patch: latent values joined into a token along frames, height and width.
       width: d; normally heads * head_width, though pruned networks may have fewer heads.
       mlp_ratio: MLP width over d.
@@ -61,6 +62,7 @@ class MMDiTConfig:
 
     in_channels: int = 33
     out_channels: int = 16
+    hold_known: bool = False
     patch: tuple[int, int, int] = (1, 2, 2)
     width: int = 3072
     heads: int = 24
@@ -107,6 +109,7 @@ def emoji() -> MMDiTConfig:
     return MMDiTConfig(
         in_channels=65,
         out_channels=32,
+        hold_known=True,
         width=256,
         heads=4,
         head_width=64,
@@ -450,7 +453,7 @@ def velocity_fn(network: Network, params: Params, *, guidance: float | None = No
     config = network.config
 
     def velocity(x: Latents, t: Times, cond: conditioning_lib.Conditioning) -> Latents:
-        inputs = conditioning_lib.model_input(x, cond) if config.known_latents else x
+        inputs = conditioning_lib.model_input(x, cond, hold=config.hold_known) if config.known_latents else x
         scale = None if guidance is None else jnp.full(t.shape, guidance, jnp.float32)
         out = network(params, inputs, t, cond.text, cond.text_mask, cond.pooled, guidance=scale)
         return flow.velocity_from_sample(x, t, out) if config.prediction == "sample" else out

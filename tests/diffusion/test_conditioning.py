@@ -55,6 +55,16 @@ def test_fewer_or_more_latents_than_frames():
     assert mask.shape == (B, 1, H, W, 1) and mask.all()
 
 
+def test_held_frames_repeat_the_last_known_one():
+    latents = jax.random.normal(jax.random.key(0), (3, 4, 2, 2, 5))
+    known, mask = known_latents(latents, jnp.array([0, 1, 3]), 4)
+    cond = Conditioning(jnp.zeros((3, 1, 2)), jnp.ones((3, 1), bool), jnp.zeros((3, 2)), known, mask)
+    held = model_input(jnp.zeros_like(latents), cond, hold=True)[..., 5:10]
+    assert not held[0].any()
+    np.testing.assert_array_equal(held[1], jnp.repeat(latents[1, :1], 4, axis=0))
+    np.testing.assert_array_equal(held[2], latents[2, jnp.array([0, 1, 2, 2])])
+
+
 def test_model_input_layout():
     x, cond = jnp.zeros((B, F, H, W, C)), make(count=1)
     inputs = model_input(x, cond)

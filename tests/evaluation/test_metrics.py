@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from magic141_jax.data.emoji import COLOURS, poster
+from magic141_jax.data.emoji import COLOURS, Scene, poster
 from magic141_jax.evaluation import metrics
 
 
@@ -52,7 +52,7 @@ def test_another_background_is_noticed(render, pack):
 
 
 def test_foreground_is_the_subject(render, pack):
-    scene = poster(pack.index("ladybug"), "white", "still")
+    scene = Scene(pack.index("ladybug"), "white", "still", (32.0, 32.0), 40.0)
     mask = metrics.foreground(render(scene)[0], np.array(COLOURS["white"]) / 255)
     assert not mask[:8].any()
     assert mask[24:40, 24:40].mean() > 0.9
