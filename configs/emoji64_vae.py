@@ -26,4 +26,5 @@ def get_config():
         data={"path": "emoji", "video_batch": 8, "threads": 1},
         optimizer={"learning_rate": 5e-4, "decay_fraction": 1.0, "b2": 0.98, "weight_decay": 1e-4, "ema_decay": 0.998},
         train={"steps": 4000, "log_every": 25, "save_every": 500},
+        storage="bfloat16",
     )
