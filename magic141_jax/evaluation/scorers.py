@@ -12,8 +12,8 @@ A frame shows a subject if it is nearest and psnr, outline and interior reach PS
 all 100 subjects, anywhere, at sizes from 30 to 43 pixels of 64: 100 % of true frames pass, and 99 % of frames through a
 VAE of 31 dB (outline at least 0.67, median 0.93; interior 0.6, 0.94). Of subjects blurred by 4 of their 36 pixels none
 passes (outline at most 0.57), nor of sharp silhouettes in the mean colour (interior at most 0.38), but for one in 100
-whose interior is too thin to be judged: one of under 30 pixels is not. No subjects of the pack are so alike that they would have to be merged: every true frame
-is nearest to its own.
+whose interior is too thin to be judged: one of under 30 pixels is not. No subjects of the pack are so alike that they
+would have to be merged: every true frame is nearest to its own.
 
 Motion. A frame's foreground has a centre on the torus (the angle of its first Fourier coefficient on each axis) and
 an area. Displacement is the slope of the unwrapped centre; growth is log(area) / 2, late frames against early ones.
