@@ -67,7 +67,8 @@ def test_emoji_are_composed(call, tmp_path):
 
 
 def test_weights_give_latents_of_the_sizes_they_were_made_for(call, clip_folder, tmp_path, weights_folder):
-    code, stderr = call("prepare", clip_folder, tmp_path / "out", "--weights", weights_folder, "--num_frames", "5")
+    made_by = ("--weights", weights_folder, "--text_length", "7")
+    code, stderr = call("prepare", clip_folder, tmp_path / "out", *made_by, "--num_frames", "5")
     assert code == 0, stderr
     cache = Cache(tmp_path / "out")
     record, null = cache.source("videos")[0], cache.null_text()
@@ -75,6 +76,7 @@ def test_weights_give_latents_of_the_sizes_they_were_made_for(call, clip_folder,
     assert record["latents"].shape[:3] == (2, sampling["height"] // 8, sampling["width"] // 8)
     assert np.abs(record["latents"]).max() > 0
     assert {k: (v.shape, v.dtype) for k, v in null.items()} == {k: (record[k].shape, record[k].dtype) for k in null}
+    assert record["text"].shape[0] == 7
     assert record["text_mask"].sum() > null["text_mask"].sum()
 
 
