@@ -2,7 +2,8 @@
 
 Part: sections 3.1 and 3.2 of the paper: one network for T2I and I2V, image tokens before the text, known frames on the
 channels; here with history noise too, so that windows chain into long videos.
-Data: python -m magic141_jax.data prepare emoji runs/emoji64_data --weights weights/emoji64 --limit 14000 --text_length 18
+Data: python -m magic141_jax.data prepare emoji runs/emoji64_data --weights weights/emoji64 --limit 12000
+  --text_length 18 (one line)
 Command: python train.py --config=configs/emoji64.py --workdir=runs/emoji64
 Hardware: two CPU cores, an hour and a quarter (measured); or one GPU, some minutes (estimated).
 Expected: the card in weights/emoji64, measured by `python -m magic141_jax.evaluation`.
@@ -41,7 +42,7 @@ def get_config():
             "b2": 0.98,
             "ema_decay": 0.998,
         },
-        train={"steps": 3600, "log_every": 25, "save_every": 500},
+        train={"steps": 3000, "log_every": 25, "save_every": 500},
         components_from="weights/emoji64",
         storage="bfloat16",
         sampling={
@@ -49,8 +50,8 @@ def get_config():
             "width": 64,
             "num_frames": 17,
             "fps": 8.0,
-            "num_inference_steps": 10,
-            "guidance_scale": 2.0,
+            "num_inference_steps": 8,
+            "guidance_scale": 1.5,
             "shift": 4.0,
             "history_noise": 0.05,
         },
