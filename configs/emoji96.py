@@ -19,5 +19,6 @@ def get_config():
     config.optimizer.update(warmup_steps=300, ema_decay=0.999)
     config.train.update(steps=20000, log_every=50, save_every=2000)
     config.sampling.update(height=96, width=96)
+    config.components_from = ""  # 64x64 components don't fit: say which on the command line
     config.storage = "int8"  # with the text encoder, 60 MB in all
     return config

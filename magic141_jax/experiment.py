@@ -236,7 +236,7 @@ class Experiment:
         """
         key = jax.random.key(self.config.seed)
         fit = DATA_STARTS.get(self.config.model["model"])
-        count = getattr(self.method.config, "init_records", 0)
+        count = self.method.config.init_records
         if self.config.init_from:
             params = self._loaded_params()
         elif fit is not None and count:

@@ -46,11 +46,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Motion:
-    """A motion: pixels of place and of size a frame, the offset of its poster from the middle, and its words."""
+    """A motion: pixels of place and of size a frame, and its words."""
 
     velocity: tuple[float, float]  # (y, x) pixels a frame
     growth: float  # pixels of size a frame
-    poster_offset: tuple[float, float]
     words: tuple[str, ...]
 
 
@@ -61,13 +60,13 @@ SIZES = (24.0, 52.0)
 USUAL_SIZE = 40.0
 ASIDE = 8.0  # of a poster's centre from the frame's: two places a patch of the transformer apart on each axis
 MOTIONS: dict[str, Motion] = {
-    "left": Motion((0, -SPEED), 0, (ASIDE, ASIDE), ("moves left", "goes left", "moves to the left")),
-    "right": Motion((0, SPEED), 0, (ASIDE, -ASIDE), ("moves right", "goes right", "moves to the right")),
-    "up": Motion((-SPEED, 0), 0, (ASIDE, ASIDE), ("moves up", "goes up", "rises")),
-    "down": Motion((SPEED, 0), 0, (-ASIDE, ASIDE), ("moves down", "goes down", "sinks")),
-    "grows": Motion((0, 0), GROWTH, (ASIDE, ASIDE), ("grows", "gets bigger", "grows and stays in place")),
-    "shrinks": Motion((0, 0), -GROWTH, (ASIDE, ASIDE), ("shrinks", "gets smaller", "shrinks and stays in place")),
-    "still": Motion((0, 0), 0, (ASIDE, ASIDE), ("stands still", "stays still", "stays in place")),
+    "left": Motion((0, -SPEED), 0, ("moves left", "goes left", "moves to the left")),
+    "right": Motion((0, SPEED), 0, ("moves right", "goes right", "moves to the right")),
+    "up": Motion((-SPEED, 0), 0, ("moves up", "goes up", "rises")),
+    "down": Motion((SPEED, 0), 0, ("moves down", "goes down", "sinks")),
+    "grows": Motion((0, 0), GROWTH, ("grows", "gets bigger", "grows and stays in place")),
+    "shrinks": Motion((0, 0), -GROWTH, ("shrinks", "gets smaller", "shrinks and stays in place")),
+    "still": Motion((0, 0), 0, ("stands still", "stays still", "stays in place")),
 }
 TEMPLATES = (
     "a {name} {motion} on a {colour} background",
@@ -188,8 +187,7 @@ def caption(pack: EmojiPack, scene: Scene, rng: np.random.Generator | None = Non
 
 def poster(subject: int, colour: str, motion: str) -> Scene:
     """The opening scene of a caption: the subject whole, with room for its motion, its animation at the start."""
-    m = MOTIONS[motion]
-    centre = (CANVAS / 2 + m.poster_offset[0], CANVAS / 2 + m.poster_offset[1])
+    centre = tuple(CANVAS / 2 + (-ASIDE if v > 0 else ASIDE) for v in MOTIONS[motion].velocity)
     return Scene(subject, colour, motion, centre, USUAL_SIZE)
 
 
