@@ -5,7 +5,8 @@ channels; here with history noise too, so that windows chain into long videos.
 Data: python -m magic141_jax.data prepare emoji runs/emoji64_data --weights weights/emoji64 --limit 12000
   --text_length 18 (one line)
 Command: python train.py --config=configs/emoji64.py --workdir=runs/emoji64
-Hardware: two CPU cores, an hour and a quarter (measured); or one GPU, some minutes (estimated).
+Hardware: two CPU cores, 2.2 s a step, two hours (measured in slices, see the card); or one GPU, some minutes
+  (estimated).
 Expected: the card in weights/emoji64, measured by `python -m magic141_jax.evaluation`.
 """
 
@@ -30,7 +31,7 @@ def get_config():
             "history_noise_max": 0.15,
             "init_records": 2048,
         },
-        data={"path": "runs/emoji64_data", "image_batch": 24, "video_batch": 24, "threads": 1},
+        data={"path": "runs/emoji64_data", "image_batch": 20, "video_batch": 7, "threads": 1},
         optimizer={
             "name": "muon",
             "muon_learning_rate": 3e-3,

@@ -55,10 +55,10 @@ class Motion:
 
 SPEED = 1.0
 GROWTH = 0.75
-PACE = 0.5  # frames of a subject's loop to a frame of video: a calm animation, of which a window shows a third
+PACE = 0.125  # frames of a subject's loop to a frame of video: slow, so that the first frame decides nearly all
 SIZES = (24.0, 52.0)
 USUAL_SIZE = 40.0
-ASIDE = 8.0  # of a poster's centre from the frame's: two places a patch of the transformer apart on each axis
+ASIDE = 8.0  # of a poster's centre from the frame's: two places a whole number of patches apart on each axis
 MOTIONS: dict[str, Motion] = {
     "left": Motion((0, -SPEED), 0, ("moves left", "goes left", "moves to the left")),
     "right": Motion((0, SPEED), 0, ("moves right", "goes right", "moves to the right")),
@@ -196,9 +196,9 @@ def draw_scene(
 ) -> Scene:
     """Draws a scene: a poster for images; for videos a poster, of any motion, or any place, size and moment.
 
-    A poster stands on either side of the middle on an axis along which it won't move. Its places are a patch of the
-    transformer apart: tokens then look the same wherever it stands, so where a subject is and what it looks like are
-    learned apart, which makes text to image learnable in minutes. A video that starts from a poster takes its own
+    A poster stands on either side of the middle on an axis along which it won't move. Its places are whole
+    patches of the transformer apart: tokens then look the same wherever it stands, so where a subject is and what it
+    looks like are learned apart, which makes text to image learnable in minutes. A video that starts from a poster takes its own
     motion independently of the poster's, so nothing leaks.
     """
     subject = int(rng.choice(subjects))
