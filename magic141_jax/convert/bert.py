@@ -45,11 +45,13 @@ NOTICE = (
 )
 
 
-def _linear(theirs: str, ours: str) -> Table:
+def linear(theirs: str, ours: str) -> Table:
+    """The rules of a linear layer's weight and bias."""
     return (Rule(f"{theirs}.weight", f"{ours}.kernel", LINEAR), Rule(f"{theirs}.bias", f"{ours}.bias"))
 
 
-def _norm(theirs: str, ours: str) -> Table:
+def norm(theirs: str, ours: str) -> Table:
+    """The rules of a layer norm's weight and bias."""
     return (Rule(f"{theirs}.weight", f"{ours}.scale"), Rule(f"{theirs}.bias", f"{ours}.bias"))
 
 
@@ -57,15 +59,15 @@ TABLE: Table = (
     Rule("embeddings.word_embeddings.weight", "word.embedding"),
     Rule("embeddings.position_embeddings.weight", "position.embedding"),
     Rule("embeddings.token_type_embeddings.weight", "token_type.embedding"),
-    *_norm("embeddings.LayerNorm", "norm"),
-    *_linear("encoder.layer.{i}.attention.self.query", "encoder.layers.q"),
-    *_linear("encoder.layer.{i}.attention.self.key", "encoder.layers.k"),
-    *_linear("encoder.layer.{i}.attention.self.value", "encoder.layers.v"),
-    *_linear("encoder.layer.{i}.attention.output.dense", "encoder.layers.out"),
-    *_norm("encoder.layer.{i}.attention.output.LayerNorm", "encoder.layers.attention_norm"),
-    *_linear("encoder.layer.{i}.intermediate.dense", "encoder.layers.mlp_in"),
-    *_linear("encoder.layer.{i}.output.dense", "encoder.layers.mlp_out"),
-    *_norm("encoder.layer.{i}.output.LayerNorm", "encoder.layers.mlp_norm"),
+    *norm("embeddings.LayerNorm", "norm"),
+    *linear("encoder.layer.{i}.attention.self.query", "encoder.layers.q"),
+    *linear("encoder.layer.{i}.attention.self.key", "encoder.layers.k"),
+    *linear("encoder.layer.{i}.attention.self.value", "encoder.layers.v"),
+    *linear("encoder.layer.{i}.attention.output.dense", "encoder.layers.out"),
+    *norm("encoder.layer.{i}.attention.output.LayerNorm", "encoder.layers.attention_norm"),
+    *linear("encoder.layer.{i}.intermediate.dense", "encoder.layers.mlp_in"),
+    *linear("encoder.layer.{i}.output.dense", "encoder.layers.mlp_out"),
+    *norm("encoder.layer.{i}.output.LayerNorm", "encoder.layers.mlp_norm"),
     Rule("embeddings.position_ids", ()),
     Rule("pooler.dense.weight", ()),
     Rule("pooler.dense.bias", ()),
@@ -78,14 +80,40 @@ def config_to_ours(theirs: Mapping[str, Any], *, length: int = 24) -> BertConfig
     Raises:
       UserError: a needed key is missing, or the model computes something else than `Bert`.
     """
-    for key, value in SUPPORTED.items():
-        if theirs.get(key, value) != value:
-            raise UserError(f"this BERT has {key} = {theirs[key]!r}; only {value!r} is supported")
-    missing = [key for key in CONFIG_FIELDS if key not in theirs]
-    if missing:
-        raise UserError(f"the config.json of this BERT lacks {', '.join(missing)}")
-    fields = {ours: theirs[key] for key, ours in CONFIG_FIELDS.items()}
+    fields = config_fields(theirs, CONFIG_FIELDS, SUPPORTED, what="BERT")
     return settings.build(BertConfig, {**fields, "length": length}, where="bert")
+
+
+def config_fields(
+    theirs: Mapping[str, Any],
+    names: Mapping[str, str],
+    supported: Mapping[str, Any],
+    *,
+    what: str,
+    defaults: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The values of a transformers config.json under our field names.
+
+    Args:
+      theirs: the file's content.
+      names: their keys -> our fields.
+      supported: what the network computes: these keys have these values, or are absent.
+      what: the kind of model, for messages.
+      defaults: values of keys that may be absent, since transformers does not write those that equal its defaults.
+
+    Raises:
+      UserError: a needed key is missing, or the model computes something else.
+    """
+    if not isinstance(theirs, Mapping):
+        raise UserError(f"the config of this {what} is {theirs!r}, no JSON object")
+    for key, value in supported.items():
+        if theirs.get(key, value) != value:
+            raise UserError(f"this {what} has {key} = {theirs[key]!r}; only {value!r} is supported")
+    known = {**(defaults or {}), **theirs}
+    missing = [key for key in names if key not in known]
+    if missing:
+        raise UserError(f"the config.json of this {what} lacks {', '.join(missing)}")
+    return {ours: known[key] for key, ours in names.items()}
 
 
 def load_published(folder: Path, *, length: int = 24) -> tuple[BertConfig, Params]:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from magic141_jax.convert.engine import IDENTITY, LINEAR, Arrays, Rule, Table, Transform, chain, each
-from magic141_jax.errors import UserError
+from magic141_jax.diffusion import conditioning
+from magic141_jax.errors import UserError, nearest
 from magic141_jax.models.mmdit import MMDiTConfig
 
 CLASS_NAME = "HunyuanVideoTransformer3DModel"
@@ -36,7 +37,12 @@ CONFIG_FIELDS = {
     "rope_theta": "rope_theta",
     "rope_axes_dim": "rope_axes",
 }
-SUPPORTED_CONDITIONS = (None, "latent_concat")
+# their image_condition_type -> how known latents enter ours
+CONDITIONS: dict[str | None, conditioning.Known] = {
+    None: "none",
+    "latent_concat": "channels",
+    "token_replace": "replace",
+}
 
 
 def config_to_ours(theirs: Mapping[str, Any], **run_time: Any) -> MMDiTConfig:
@@ -51,12 +57,13 @@ def config_to_ours(theirs: Mapping[str, Any], **run_time: Any) -> MMDiTConfig:
     if theirs.get("qk_norm", "rms_norm") != "rms_norm":
         raise UserError(f"qk_norm {theirs['qk_norm']!r} is not supported, only 'rms_norm'")
     condition = theirs.get("image_condition_type")
-    if condition not in SUPPORTED_CONDITIONS:
-        raise UserError(f"image_condition_type {condition!r} is not supported; convert a latent_concat or T2V network")
+    if condition not in CONDITIONS:
+        raise UserError(f"image_condition_type is {condition!r}.{nearest(str(condition), CONDITIONS)}")
     fields = {ours: theirs[key] for key, ours in CONFIG_FIELDS.items()}
     fields["rope_axes"] = tuple(fields["rope_axes"])
     patch = (theirs["patch_size_t"], theirs["patch_size"], theirs["patch_size"])
-    return MMDiTConfig(**fields, patch=patch, width=fields["heads"] * fields["head_width"], **run_time)
+    width = fields["heads"] * fields["head_width"]
+    return MMDiTConfig(**fields, known=CONDITIONS[condition], patch=patch, width=width, **run_time)
 
 
 def config_from_ours(config: MMDiTConfig) -> dict[str, Any]:
@@ -68,6 +75,8 @@ def config_from_ours(config: MMDiTConfig) -> dict[str, Any]:
     frames, rows, columns = config.patch
     if config.absolute_positions or config.hold_known:
         raise UserError("diffusers' layout has no absolute_positions and no hold_known; such a network stays here")
+    if not config.refiner_blocks:
+        raise UserError("HunyuanVideo's layout has refiner blocks, this network none; it may be one like FLUX's")
     if config.width != config.heads * config.head_width or rows != columns or config.time_features != 256:
         raise UserError(
             "the published layout needs width = heads * head_width, square patches and 256 time features; "
@@ -76,7 +85,7 @@ def config_from_ours(config: MMDiTConfig) -> dict[str, Any]:
         )
     theirs = {key: getattr(config, ours) for key, ours in CONFIG_FIELDS.items()}
     theirs |= {"_class_name": CLASS_NAME, "rope_axes_dim": list(config.rope_axes), "qk_norm": "rms_norm"}
-    condition = "latent_concat" if config.known_latents else None
+    condition = {ours: theirs for theirs, ours in CONDITIONS.items()}[config.known]
     return theirs | {"patch_size": rows, "patch_size_t": frames, "image_condition_type": condition}
 
 
@@ -84,10 +93,8 @@ def table(config: MMDiTConfig) -> Table:
     """The rules between diffusers' names and `MMDiT(config)`'s parameter paths."""
     refiner = "context_embedder.token_refiner.refiner_blocks.{i}"
     return (
+        *shared(config),
         *_linear("x_embedder.proj", "patch_in", _patch_in(config)),
-        *_embedder("time_text_embed.timestep_embedder", "time_in"),
-        *_embedder("time_text_embed.text_embedder", "pooled_in"),
-        *_embedder("time_text_embed.guidance_embedder", "guidance_in"),
         *_embedder("context_embedder.time_text_embed.timestep_embedder", "text_in.time"),
         *_embedder("context_embedder.time_text_embed.text_embedder", "text_in.pooled"),
         *_linear("context_embedder.proj_in", "text_in.project"),
@@ -98,6 +105,15 @@ def table(config: MMDiTConfig) -> Table:
         *_linear(f"{refiner}.attn.to_out.0", "text_in.blocks.attention_out"),
         *_linear(f"{refiner}.ff.net.0.proj", "text_in.blocks.mlp_up"),
         *_linear(f"{refiner}.ff.net.2", "text_in.blocks.mlp_down"),
+    )
+
+
+def shared(config: MMDiTConfig) -> Table:
+    """The rules that FLUX's layout has as well: all but the ways in of the patches and of the text."""
+    return (
+        *_embedder("time_text_embed.timestep_embedder", "time_in"),
+        *_embedder("time_text_embed.text_embedder", "pooled_in"),
+        *_embedder("time_text_embed.guidance_embedder", "guidance_in"),
         *_stream(config, "video", norm="norm1", qkv="to_%", scale="norm_%", out="to_out.0", mlp="ff"),
         *_stream(
             config,
@@ -110,7 +126,7 @@ def table(config: MMDiTConfig) -> Table:
         ),
         *_single(config),
         *_linear("norm_out.linear", "modulation_out", _SWAP_HALVES),
-        *_linear("proj_out", "patch_out", _patch_out(config)),
+        *_linear("proj_out", "patch_out", patch_values(config)),
     )
 
 
@@ -229,11 +245,11 @@ def _patch_in(config: MMDiTConfig) -> Transform:
     )
 
 
-def _patch_out(config: MMDiTConfig) -> Transform:
-    """Rows (c, patch values) -> (patch values, c), of the weight and of the bias."""
+def patch_values(config: MMDiTConfig) -> Transform:
+    """Rows (c, patch values) -> (patch values, c), of a weight and of a bias, for the output's channels."""
     values, channels = math.prod(config.patch), config.out_channels
 
     def turn(rows: int, columns: int) -> Any:
         return lambda a: a.reshape(rows, columns, *a.shape[1:]).swapaxes(0, 1).reshape(a.shape)
 
-    return each("order of output patch values", turn(channels, values), turn(values, channels))
+    return each("order of patch values", turn(channels, values), turn(values, channels))

@@ -6,6 +6,7 @@ encoder and decoder levels are called alike.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,11 +29,14 @@ CONFIG_FIELDS = {
 # The network has these built in.
 FIXED_FIELDS = {"in_channels": 3, "out_channels": 3, "act_fn": "silu"}
 
-POINTWISE = each(
-    "1x1x1 convolution (out, in, 1, 1, 1) to (in, out)",
-    lambda a: a[:, :, 0, 0, 0].T,
-    lambda a: a.T[:, :, None, None, None],
-)
+
+def pointwise(axes: int) -> Transform:
+    """A convolution of a single tap over 2 or 3 axes as a linear layer."""
+    return each(
+        "convolution (out, in, 1, ...) to (in, out)",
+        lambda a: a.reshape(a.shape[:2]).T,
+        lambda a: a.T.reshape(*a.shape[::-1], *[1] * axes),
+    )
 
 
 def config_to_ours(theirs: Mapping[str, Any], **run_time: Any) -> HunyuanVAEConfig:
@@ -73,39 +77,41 @@ def config_from_ours(config: HunyuanVAEConfig) -> dict[str, Any]:
 def table(config: HunyuanVAEConfig) -> Table:
     """The rules between diffusers' names and `HunyuanVAE(config)`'s parameter paths, for any sizes."""
     return (
-        *_coder("encoder", "down"),
-        *_coder("decoder", "up"),
-        *_layer("quant_conv", "quant", POINTWISE),
-        *_layer("post_quant_conv", "post_quant", POINTWISE),
+        *coder("encoder", "down"),
+        *coder("decoder", "up"),
+        *_layer("quant_conv", "quant", pointwise(3)),
+        *_layer("post_quant_conv", "post_quant", pointwise(3)),
     )
 
 
-def _coder(coder: str, direction: str) -> Table:
-    theirs, ours = f"{coder}.{direction}_blocks.{{i}}", f"{coder}.levels.{{i}}"
-    attention = f"{coder}.mid_block.attentions.0"
+def coder(name: str, direction: str, *, conv: str = ".conv", axes: int = 3) -> Table:
+    """The rules of an encoder ("down") or decoder ("up") over `axes` axes; convolutions' names end in `conv`."""
+    theirs, ours = f"{name}.{direction}_blocks.{{i}}", f"{name}.levels.{{i}}"
+    attention = f"{name}.mid_block.attentions.0"
+    block = functools.partial(_block, conv=conv, axes=axes)
     projections = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "out"}
     return (
-        *_layer(f"{coder}.conv_in.conv", f"{coder}.conv_in", CONV),
-        *_layer(f"{coder}.conv_out.conv", f"{coder}.conv_out", CONV),
-        *_norm(f"{coder}.conv_norm_out", f"{coder}.norm_out"),
-        *_block(f"{theirs}.resnets.{{j}}", f"{ours}.blocks.{{j}}"),
-        *_layer(f"{theirs}.{direction}samplers.0.conv.conv", f"{ours}.resample", CONV),
-        *_block(f"{coder}.mid_block.resnets.0", f"{coder}.middle.first"),
-        *_block(f"{coder}.mid_block.resnets.1", f"{coder}.middle.second"),
-        *_norm(f"{attention}.group_norm", f"{coder}.middle.attention.norm"),
+        *_layer(f"{name}.conv_in{conv}", f"{name}.conv_in", CONV),
+        *_layer(f"{name}.conv_out{conv}", f"{name}.conv_out", CONV),
+        *_norm(f"{name}.conv_norm_out", f"{name}.norm_out"),
+        *block(f"{theirs}.resnets.{{j}}", f"{ours}.blocks.{{j}}"),
+        *_layer(f"{theirs}.{direction}samplers.0.conv{conv}", f"{ours}.resample", CONV),
+        *block(f"{name}.mid_block.resnets.0", f"{name}.middle.first"),
+        *block(f"{name}.mid_block.resnets.1", f"{name}.middle.second"),
+        *_norm(f"{attention}.group_norm", f"{name}.middle.attention.norm"),
         *(
             rule
-            for name, mine in projections.items()
-            for rule in _layer(f"{attention}.{name}", f"{coder}.middle.attention.{mine}", LINEAR)
+            for projection, mine in projections.items()
+            for rule in _layer(f"{attention}.{projection}", f"{name}.middle.attention.{mine}", LINEAR)
         ),
     )
 
 
-def _block(theirs: str, ours: str) -> Table:
+def _block(theirs: str, ours: str, *, conv: str, axes: int) -> Table:
     return (
         *_norm(f"{theirs}.norm{{k}}", f"{ours}.norm{{k}}"),
-        *_layer(f"{theirs}.conv{{k}}.conv", f"{ours}.conv{{k}}", CONV),
-        *_layer(f"{theirs}.conv_shortcut.conv", f"{ours}.shortcut", POINTWISE),
+        *_layer(f"{theirs}.conv{{k}}{conv}", f"{ours}.conv{{k}}", CONV),
+        *_layer(f"{theirs}.conv_shortcut{conv}", f"{ours}.shortcut", pointwise(axes)),
     )
 
 

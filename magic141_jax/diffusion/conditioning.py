@@ -3,7 +3,8 @@
 All four are the same network with other conditioning. Its input has, on the channels, the noisy latents, the
 known latents and a mask that is one where they are known:
 
-    input (b, f, h, w, 2c + 1) = [x_t, known, mask]
+    channels    input (b, f, h, w, 2c + 1) = [x_t, known, mask]
+    replace     input (b, f, h, w, c)      = mask known + (1 - mask) x_t    (HunyuanVideo-I2V's token_replace)
 
 with k leading latent frames known: k = 0 for text alone (an image is then one latent frame), 1 for image to video,
 more for continuing a video. Image tokens of the first frame stand before the text tokens, and stay in the negative
@@ -22,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,8 @@ from magic141_jax.diffusion import flow
 from magic141_jax.shapes import Latents, Pooled, Times, TokenMask, Tokens
 
 LatentMask = Float[Array, "b f h w 1"]
+Known = Literal["none", "channels", "replace"]
+"""How known latents enter a network: not at all, on channels of their own, or in the place of the noisy ones."""
 
 
 @functools.partial(
@@ -79,18 +83,24 @@ def known_latents(latents: Latents, count: int | Int[Array, " b"], frames: int) 
     return jnp.where(mask, padded, 0), mask.astype(latents.dtype)
 
 
-def model_input(x: Latents, cond: Conditioning, *, hold: bool = False) -> Float[Array, "b f h w 2*c+1"]:
-    """The network's input: noisy latents, known latents and mask on the channels.
+def model_input(
+    x: Latents, cond: Conditioning, *, known: Known = "channels", hold: bool = False
+) -> Float[Array, "b f h w channels"]:
+    """The network's input, by how known latents enter it: on the channels, with their mask, in place of x, or not.
+
+    Known latents in the place of x are clean at every time of a walk, whatever the walk did to x there.
 
     With `hold` the unknown frames carry the last known one where the published layout has zeros, as Stable Video
     Diffusion (arXiv 2311.15127) repeats its image: what stays where it is needs no attention to be copied.
     """
-    known = cond.known
+    if known != "channels":
+        return keep_known(x, cond) if known == "replace" else x
+    held = cond.known
     if hold:
         count = (cond.mask[:, :, :1, :1] > 0).sum(axis=1, keepdims=True)
-        last = jnp.take_along_axis(known, jnp.maximum(count - 1, 0), axis=1)
-        known = jnp.where(cond.mask > 0, known, last)
-    return jnp.concatenate([x, known.astype(x.dtype), cond.mask.astype(x.dtype)], axis=-1)
+        last = jnp.take_along_axis(held, jnp.maximum(count - 1, 0), axis=1)
+        held = jnp.where(cond.mask > 0, held, last)
+    return jnp.concatenate([x, held.astype(x.dtype), cond.mask.astype(x.dtype)], axis=-1)
 
 
 def with_image_tokens(text: Tokens, text_mask: TokenMask, tokens: Tokens) -> tuple[Tokens, TokenMask]:

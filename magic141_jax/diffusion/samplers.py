@@ -38,6 +38,7 @@ def sample(
     sampler: Sampler = "euler",
     key: jax.Array | None = None,
     callback: StepCallback | None = None,
+    keep: bool = True,
 ) -> Latents:
     """Integrates `velocity` from `noise` at times[0] to times[-1]; the known latents are put back at the end.
 
@@ -55,6 +56,7 @@ def sample(
         0, the time reached, the latents there. It travels as `jax.debug.callback`, which works under jit on CPU,
         GPU and TPU; calls are unordered and may lag behind (wait with `jax.effects_barrier()`), and a program that
         holds one is never written to the persistent compilation cache, so leave it out unless it is wanted.
+      keep: whether the known latents are put back; without it the walk's own version of them is returned.
 
     Raises:
       UserError: an unknown sampler.
@@ -80,7 +82,7 @@ def sample(
 
     steps = jnp.arange(times.shape[0] - 1)
     x, _ = jax.lax.scan(body, noise, (steps, times[:-1], times[1:]))
-    return keep_known(x, cond)
+    return keep_known(x, cond) if keep else x
 
 
 def _euler(

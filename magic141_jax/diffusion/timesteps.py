@@ -6,12 +6,14 @@ Both are warped by the same shift, which moves times toward noise where large la
 
 Training draws u from a density (uniform, or logit-normal: sigmoid of a normal) and shifts it. Sampling walks
 linspace(1, 0, steps + 1), shifted: with 4 steps and s = 5 the grid of Magic 1-For-1's released sampler
-(arXiv 2502.07701), [1, .9375, .8333, .625, 0].
+(arXiv 2502.07701), [1, .9375, .8333, .625, 0]. A network made for images of many sizes may ask for a shift that
+grows with the image: `dynamic_shift`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, TypeVar
 
 import jax
@@ -40,6 +42,27 @@ def grid(steps: int, shift: float) -> Float[Array, " steps+1"]:
     if not shift > 0:
         raise UserError(f"the time shift is {shift}; it must be positive (1 shifts nothing)")
     return jnp.asarray(shift_times(np.linspace(1.0, 0.0, steps + 1), shift), jnp.float32)
+
+
+def dynamic_shift(
+    tokens: int, *, base_shift: float = 0.5, max_shift: float = 1.15, base_tokens: int = 256, max_tokens: int = 4096
+) -> float:
+    """The shift for an image of `tokens` tokens: s = exp(mu), mu linear in the tokens (FLUX.1 dev's, by default).
+
+    Args:
+      tokens: patches of the latents; 4096 for an image of 1024 x 1024 pixels.
+      base_shift: mu at `base_tokens`.
+      max_shift: mu at `max_tokens`; larger images follow the same line.
+      base_tokens: see `base_shift`.
+      max_tokens: see `max_shift`.
+
+    Raises:
+      UserError: base_tokens equals max_tokens.
+    """
+    if base_tokens == max_tokens:
+        raise UserError(f"base_tokens and max_tokens are both {base_tokens}; they must differ")
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    return math.exp(base_shift + slope * (tokens - base_tokens))
 
 
 @dataclasses.dataclass(frozen=True)

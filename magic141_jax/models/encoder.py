@@ -1,4 +1,4 @@
-"""A stack of bidirectional transformer layers, scanned: the body of the text encoder and of the image encoder.
+"""A stack of transformer layers, scanned: the body of the text encoders (BERT, CLIP) and of the image encoders.
 
     post-norm (BERT)   x = norm(x + attention(x));   x = norm(x + mlp(x))
     pre-norm           x = x + attention(norm(x));   x = x + mlp(norm(x))
@@ -9,13 +9,16 @@ All layers' parameters carry a leading layer axis, so compile time doesn't grow 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from magic141_jax.errors import UserError
-from magic141_jax.models.layers import Linear, attention
+from magic141_jax.models.layers import Linear, attention, causal_mask
 
 # For a network whose `encoder` is an `Encoder`; axes are those of the last dimensions, so layers stay whole.
 SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -26,9 +29,16 @@ SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
+Activation = Literal["gelu", "quick_gelu"]
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP's
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """`layers` layers of width `width` with `heads` heads and an MLP of width `mlp`."""
+    """`layers` layers of width `width` with `heads` heads and an MLP of width `mlp`; `causal` ones only look back."""
 
     layers: int = 2
     width: int = 192
@@ -36,6 +46,8 @@ class EncoderConfig:
     mlp: int = 768
     pre_norm: bool = True
     epsilon: float = 1e-6
+    activation: Activation = "gelu"
+    causal: bool = False
 
     def __post_init__(self) -> None:
         if self.layers < 1 or self.heads < 1 or self.width % self.heads:
@@ -46,7 +58,7 @@ class EncoderConfig:
 
 
 class EncoderLayer(nnx.Module):
-    """Self-attention and an MLP with exact GELU, each with a residual and a layer norm."""
+    """Self-attention and an MLP, each with a residual and a layer norm."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs) -> None:
         width = config.width
@@ -57,13 +69,13 @@ class EncoderLayer(nnx.Module):
         self.attention_norm = affine_norm(width, config.epsilon, rngs=rngs)
         self.mlp_norm = affine_norm(width, config.epsilon, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> Float[Array, "b s d"]:
-        """Tokens -> tokens; where `mask` is False a token is seen by no other."""
+    def __call__(self, x: Float[Array, "b s d"], mask: Array) -> Float[Array, "b s d"]:
+        """Tokens -> tokens; `mask` says which are seen: (b, s) by all, or (b, s, s) by each."""
         if self.config.pre_norm:
-            x = x + self._attention(self.attention_norm(x), mask)
-            return x + self._mlp(self.mlp_norm(x))
-        x = self.attention_norm(x + self._attention(x, mask))
-        return self.mlp_norm(x + self._mlp(x))
+            x = x + self._attention(self.attention_norm(x).astype(x.dtype), mask)
+            return x + self._mlp(self.mlp_norm(x).astype(x.dtype))
+        x = self.attention_norm(x + self._attention(x, mask)).astype(x.dtype)
+        return self.mlp_norm(x + self._mlp(x)).astype(x.dtype)
 
     def _attention(self, x: Array, mask: Array) -> Array:
         heads = (*x.shape[:2], self.config.heads, -1)
@@ -71,13 +83,15 @@ class EncoderLayer(nnx.Module):
         return self.out(attention(q, k, v, mask))
 
     def _mlp(self, x: Array) -> Array:
-        return self.mlp_out(jax.nn.gelu(self.mlp_in(x), approximate=False))
+        return self.mlp_out(ACTIVATIONS[self.config.activation](self.mlp_in(x)))
 
 
 class Encoder(nnx.Module):
     """`config.layers` encoder layers, one after the other."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap
         def stacked(rngs: nnx.Rngs) -> EncoderLayer:
@@ -88,9 +102,10 @@ class Encoder(nnx.Module):
     def __call__(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> Float[Array, "b s d"]:
         """Tokens -> tokens; where `mask` is False a token is seen by no other."""
         graphdef, stacked = nnx.split(self.layers)
+        seen = causal_mask(mask) if self.config.causal else mask
 
         def step(x: Array, layer: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graphdef, layer)(x, mask), None
+            return nnx.merge(graphdef, layer)(x, seen), None
 
         return jax.lax.scan(step, x, stacked)[0]
 

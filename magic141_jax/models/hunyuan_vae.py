@@ -9,12 +9,15 @@ all frames of a call, so that the published VAE is causal in its wiring only: en
 first frame alone, gives slightly other latents than encoding the whole clip.
 
 `HunyuanVAEConfig.tiling` decides how long and large inputs are cut up; its default is diffusers' frame tiling.
+The encoder and the decoder are built of a kind of convolution, so that an image autoencoder can be built of another.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,7 @@ from magic141_jax.shapes import Frames, Latents
 
 Stride = tuple[int, int, int]
 ConvForm = Literal["taps", "volume"]
+Conv = Callable[..., nnx.Module]  # conv(inputs, outputs, stride=(1, 1, 1), rngs=rngs), as `CausalConv3d`
 
 EPSILON = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -37,6 +41,21 @@ SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r".*\.(shortcut|query|key|value|out)\.kernel", (None, "fsdp")),
     (r".*\.(bias|scale)", ()),
 )
+
+
+class CoderConfig(Protocol):
+    """What an encoder and a decoder are built from; see `HunyuanVAEConfig` for the meaning."""
+
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    norm_num_groups: int
+    latent_channels: int
+    mid_block_add_attention: bool
+
+    @property
+    def strides(self) -> tuple[Stride, ...]:
+        """The (time, y, x) step of each level."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +87,7 @@ class HunyuanVAEConfig:
     tiling: Tiling = FRAME_TILES
 
     def __post_init__(self) -> None:
-        for channels in self.block_out_channels:
-            if channels % self.norm_num_groups:
-                raise ValueError(f"block_out_channels has {channels}, not a multiple of {self.norm_num_groups} groups")
+        require_groups(self)
         levels = len(self.block_out_channels)
         for name, most in (("spatial_factor", levels), ("temporal_factor", levels - 1)):
             factor = getattr(self, name)
@@ -91,6 +108,13 @@ class HunyuanVAEConfig:
             time = 2 if levels - 1 - temporal <= level < levels - 1 else 1
             steps.append((time, space, space))
         return tuple(steps)
+
+
+def require_groups(config: CoderConfig) -> None:
+    """Raises `ValueError` when a level's channels don't divide into the groups of its norms."""
+    for channels in config.block_out_channels:
+        if channels % config.norm_num_groups:
+            raise ValueError(f"block_out_channels has {channels}, not a multiple of {config.norm_num_groups} groups")
 
 
 def causal_conv3d(x: jax.Array, kernel: jax.Array, *, stride: Stride = (1, 1, 1), form: ConvForm | None = None):
@@ -208,11 +232,11 @@ class GroupNorm(nnx.Module):
 class ResidualBlock(nnx.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a linear shortcut where the width changes."""
 
-    def __init__(self, inputs: int, outputs: int, groups: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, inputs: int, outputs: int, groups: int, *, conv: Conv, rngs: nnx.Rngs) -> None:
         self.norm1 = GroupNorm(inputs, groups)
-        self.conv1 = CausalConv3d(inputs, outputs, rngs=rngs)
+        self.conv1 = conv(inputs, outputs, rngs=rngs)
         self.norm2 = GroupNorm(outputs, groups)
-        self.conv2 = CausalConv3d(outputs, outputs, rngs=rngs)
+        self.conv2 = conv(outputs, outputs, rngs=rngs)
         self.shortcut = nnx.Linear(inputs, outputs, rngs=rngs) if inputs != outputs else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -243,11 +267,11 @@ class FrameAttention(nnx.Module):
 class MiddleBlock(nnx.Module):
     """Residual block, attention, residual block at the coarsest level."""
 
-    def __init__(self, config: HunyuanVAEConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: CoderConfig, *, conv: Conv, rngs: nnx.Rngs) -> None:
         channels, groups = config.block_out_channels[-1], config.norm_num_groups
-        self.first = ResidualBlock(channels, channels, groups, rngs=rngs)
+        self.first = ResidualBlock(channels, channels, groups, conv=conv, rngs=rngs)
         self.attention = FrameAttention(channels, groups, rngs=rngs) if config.mid_block_add_attention else None
-        self.second = ResidualBlock(channels, channels, groups, rngs=rngs)
+        self.second = ResidualBlock(channels, channels, groups, conv=conv, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, f, h, w, channels) -> the same shape."""
@@ -264,15 +288,25 @@ class Level(nnx.Module):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, blocks: int, *, stride: Stride, up: bool, groups: int, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        outputs: int,
+        blocks: int,
+        *,
+        stride: Stride,
+        up: bool,
+        groups: int,
+        conv: Conv,
+        rngs: nnx.Rngs,
     ) -> None:
         self.up_stride = stride if up else (1, 1, 1)
+        widths = [inputs, *[outputs] * blocks]
         self.blocks = nnx.List(
-            [ResidualBlock(inputs if n == 0 else outputs, outputs, groups, rngs=rngs) for n in range(blocks)]
+            [ResidualBlock(before, outputs, groups, conv=conv, rngs=rngs) for before in widths[:blocks]]
         )
         down = (1, 1, 1) if up else stride
         resampled = stride != (1, 1, 1)
-        self.resample = CausalConv3d(outputs, outputs, stride=down, rngs=rngs) if resampled else None
+        self.resample = conv(outputs, outputs, stride=down, rngs=rngs) if resampled else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, t, y, x, inputs) -> (b, ..., outputs), resampled by the stride."""
@@ -284,18 +318,19 @@ class Level(nnx.Module):
 class Encoder(nnx.Module):
     """(b, t, y, x, 3) -> (b, f, h, w, 2 latent_channels)."""
 
-    def __init__(self, config: HunyuanVAEConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: CoderConfig, *, conv: Conv = CausalConv3d, rngs: nnx.Rngs) -> None:
         widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = CausalConv3d(3, widths[0], rngs=rngs)
+        level = functools.partial(Level, blocks=config.layers_per_block, up=False, groups=groups, conv=conv, rngs=rngs)
+        self.conv_in = conv(3, widths[0], rngs=rngs)
         self.levels = nnx.List(
             [
-                Level(before, width, config.layers_per_block, stride=stride, up=False, groups=groups, rngs=rngs)
+                level(before, width, stride=stride)
                 for before, width, stride in zip((widths[0], *widths), widths, config.strides)
             ]
         )
-        self.middle = MiddleBlock(config, rngs=rngs)
+        self.middle = MiddleBlock(config, conv=conv, rngs=rngs)
         self.norm_out = GroupNorm(widths[-1], groups)
-        self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels, rngs=rngs)
+        self.conv_out = conv(widths[-1], 2 * config.latent_channels, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, t, y, x, 3) -> moments (b, f, h, w, 2 latent_channels)."""
@@ -308,18 +343,20 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """(b, f, h, w, latent_channels) -> (b, t, y, x, 3)."""
 
-    def __init__(self, config: HunyuanVAEConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: CoderConfig, *, conv: Conv = CausalConv3d, rngs: nnx.Rngs) -> None:
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = CausalConv3d(config.latent_channels, widths[0], rngs=rngs)
-        self.middle = MiddleBlock(config, rngs=rngs)
+        blocks = config.layers_per_block + 1
+        level = functools.partial(Level, blocks=blocks, up=True, groups=groups, conv=conv, rngs=rngs)
+        self.conv_in = conv(config.latent_channels, widths[0], rngs=rngs)
+        self.middle = MiddleBlock(config, conv=conv, rngs=rngs)
         self.levels = nnx.List(
             [
-                Level(before, width, config.layers_per_block + 1, stride=stride, up=True, groups=groups, rngs=rngs)
+                level(before, width, stride=stride)
                 for before, width, stride in zip((widths[0], *widths), widths, config.strides)
             ]
         )
         self.norm_out = GroupNorm(widths[-1], groups)
-        self.conv_out = CausalConv3d(widths[-1], 3, rngs=rngs)
+        self.conv_out = conv(widths[-1], 3, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Raw latents (b, f, h, w, latent_channels) -> frames (b, t, y, x, 3)."""

@@ -101,16 +101,16 @@ def layer_norm(x: Array) -> Array:
     return y.astype(x.dtype)
 
 
-def rms_norm(x: Array, scale: Array) -> Array:
+def rms_norm(x: Array, scale: Array, epsilon: float = EPSILON) -> Array:
     """RMS norm over the last axis, computed in float32; `scale` has the rank of x."""
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + EPSILON)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon)
     return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """x (b, j, d) * (1 + scale) + shift with shift and scale (b, d)."""
-    return x * (1 + scale[:, None, :]) + shift[:, None, :]
+    """x (b, j, d) * (1 + scale) + shift with shift and scale (b, 1, d), or (b, j, d) where tokens differ in them."""
+    return x * (1 + scale) + shift
 
 
 def time_features(values: Times, width: int) -> Float[Array, "b width"]:
@@ -173,30 +173,41 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 def _attention_xla(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """Spelled out: on CPU this is faster than the fused call, and small sequences need no flash attention."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("binx,bjnx->bnij", q * (q.shape[-1] ** -0.5), k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None, :], scores, MASKED)
+    scores = jnp.where(mask[:, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bnij,bjnx->binx", weights, v)
 
 
 def _attention_jax(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
 
 
 ATTENTION: dict[str, Callable[[Array, Array, Array, Array], Array]] = {"xla": _attention_xla, "jax": _attention_jax}
 
 
 def attention(
-    q: Float[Array, "b j n k"],
-    k: Float[Array, "b j n k"],
-    v: Float[Array, "b j n k"],
-    mask: Bool[Array, "b j"],
+    q: Float[Array, "b i n k"],
+    k: Float[Array, "b j g k"],
+    v: Float[Array, "b j g k"],
+    mask: Bool[Array, "b j"] | Bool[Array, "b i j"],
     *,
     backend: str = "xla",
-) -> Float[Array, "b j n*k"]:
-    """softmax(q k^T / sqrt(k)) v over the keys where `mask` is true; heads joined on the last axis."""
-    out = ATTENTION[backend](q, k, v, mask)
+) -> Float[Array, "b i n*k"]:
+    """softmax(q k^T / sqrt(k)) v over the keys where `mask` is true; heads joined on the last axis.
+
+    The mask is one for all queries, or says for each query which keys it sees. With fewer key than query heads,
+    n / g query heads in a row share one.
+    """
+    out = ATTENTION[backend](q, k, v, mask if mask.ndim == 3 else mask[:, None])
     return out.reshape(*out.shape[:2], -1)
+
+
+def causal_mask(mask: Bool[Array, "b j"]) -> Bool[Array, "b j j"]:
+    """Which keys each query sees where it may look at itself and before, and only at what `mask` holds valid."""
+    order = jnp.arange(mask.shape[1])
+    return (order[:, None] >= order[None])[None] & mask[:, None]
 
 
 def patchify(x: Latents, patch: tuple[int, int, int]) -> Float[Array, "b l patch_values"]:

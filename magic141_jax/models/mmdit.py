@@ -3,7 +3,9 @@
 inputs (b, f, h, w, in_channels), t (b,), text (b, s, e), pooled (b, p)  ->  (b, f, h, w, out_channels)
 
     c     = MLP(sinusoid(1000 t)) + MLP(pooled) [+ MLP(sinusoid(1000 guidance))]
+    c_0   = MLP(sinusoid(0)) + MLP(pooled)           instead of c for known tokens, where known="replace"
     text  = token refiner(text)                      image tokens first, then text tokens
+            (a linear map where there are no refiner blocks)
     video = linear(patches)
     double blocks: video and text keep their own weights and meet in joint attention
     single blocks: both in one stream, attention and MLP in parallel from one norm
@@ -12,6 +14,9 @@ inputs (b, f, h, w, in_channels), t (b,), text (b, s, e), pooled (b, p)  ->  (b,
 Blocks of a kind are stacked on a leading layer axis and scanned, so compile time does not grow with depth. Every
 modulation is (shift, scale, gate) in that order and starts at zero (gates at `gate_start`), as does the output layer:
 a fresh network predicts 0.
+
+FLUX.1's text-to-image network (Black Forest Labs, 2024) is this one without refiner blocks, over one latent frame and
+with another RoPE base.
 """
 
 from __future__ import annotations
@@ -43,10 +48,13 @@ class MMDiTConfig:
     """Sizes and run-time choices of an `MMDiT`; the defaults are the published 13B image-to-video layout.
 
     Attributes:
-      in_channels: noisy latents, plus known latents and their mask (2c + 1) where the network is conditioned on them.
+      in_channels: noisy latents, plus known latents and their mask (2c + 1) where these enter by channels.
+      known: how known latents enter: not at all, on channels of their own, or in the place of the noisy ones. Tokens
+        that were replaced are modulated as at time 0, for that is what they show (HunyuanVideo-I2V's token_replace).
       hold_known: whether unknown frames carry the last known one on the known channels, instead of zeros.
       patch: latent values joined into a token along frames, height and width.
       width: d; normally heads * head_width, though pruned networks may have fewer heads.
+      refiner_blocks: blocks of the token refiner; with 0 the text enters through a linear map alone.
       mlp_ratio: MLP width over d.
       rope_axes: head dims rotated by the frame, row and column position; they sum to head_width.
       absolute_positions: whether patches also carry sine features of their frame, row and column. RoPE alone tells
@@ -62,6 +70,7 @@ class MMDiTConfig:
 
     in_channels: int = 33
     out_channels: int = 16
+    known: conditioning_lib.Known = "channels"
     hold_known: bool = False
     patch: tuple[int, int, int] = (1, 2, 2)
     width: int = 3072
@@ -87,21 +96,34 @@ class MMDiTConfig:
     def __post_init__(self):
         if sum(self.rope_axes) != self.head_width or any(a % 2 for a in self.rope_axes):
             raise UserError(f"rope_axes {self.rope_axes} must be even and sum to head_width {self.head_width}")
+        channels = 2 * self.out_channels + 1 if self.known == "channels" else self.out_channels
+        if self.in_channels != channels:
+            raise UserError(f"with known={self.known!r} in_channels is {channels}, not {self.in_channels}")
+        if self.hold_known and self.known != "channels":
+            raise UserError(f"hold_known fills the known channels, which a network with known={self.known!r} lacks")
 
     @property
     def mlp_width(self) -> int:
         """m, the hidden width of the MLPs."""
         return int(self.width * self.mlp_ratio)
 
-    @property
-    def known_latents(self) -> bool:
-        """Whether known latents and their mask join the noisy latents on the channel axis."""
-        return self.in_channels != self.out_channels
-
 
 def hunyuan_13b() -> MMDiTConfig:
     """The published image-to-video network (12.8 B parameters)."""
     return MMDiTConfig(remat="full", compute_dtype="bfloat16", attention="jax")
+
+
+def flux_12b() -> MMDiTConfig:
+    """FLUX.1 schnell, a text-to-image network (11.9 B parameters); FLUX.1 dev has a guidance embedding as well."""
+    return dataclasses.replace(
+        hunyuan_13b(),
+        in_channels=16,
+        known="none",
+        double_blocks=19,
+        single_blocks=38,
+        refiner_blocks=0,
+        rope_theta=10000.0,
+    )
 
 
 def emoji() -> MMDiTConfig:
@@ -149,7 +171,12 @@ def debug() -> MMDiTConfig:
     )
 
 
-SIZES: dict[str, Callable[[], MMDiTConfig]] = {"emoji": emoji, "hunyuan_13b": hunyuan_13b, "debug": debug}
+SIZES: dict[str, Callable[[], MMDiTConfig]] = {
+    "emoji": emoji,
+    "hunyuan_13b": hunyuan_13b,
+    "flux_12b": flux_12b,
+    "debug": debug,
+}
 
 # (regex on the dotted path, mesh axes of the array); a leading None is the layer axis of stacked blocks
 SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -175,12 +202,17 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every block of a forward pass sees: silu(c) (b, d), RoPE tables (1, j, 1, 1, k) and the key mask (b, j)."""
+    """What every block of a forward pass sees: silu(c) (b, d), RoPE tables (1, j, 1, 1, k) and the key mask (b, j).
+
+    With known="replace" also silu(c_0) (b, d), and which of the j tokens it is for (b, j).
+    """
 
     vector: Array
     cos: Array
     sin: Array
     mask: Array
+    known_vector: Array | None = None
+    known: Array | None = None
 
 
 class Stream(nnx.Module):
@@ -199,9 +231,16 @@ class Stream(nnx.Module):
         self.mlp_up = linear(config.width, config.mlp_width)
         self.mlp_down = linear(config.mlp_width, config.width)
 
-    def modulations(self, vector: Array) -> list[Array]:
-        """silu(c) (b, d) -> the shifts, scales and gates of this stream, (b, d) each."""
-        return jnp.split(self.modulation(vector), self.modulation.bias.shape[-1] // self.config.width, axis=-1)
+    def modulations(self, context: Context, known: Array | None = None) -> list[Array]:
+        """The shifts, scales and gates of this stream: (b, 1, d) each, or (b, j, d) where `known` (b, j) is given."""
+
+        def parts(vector: Array) -> list[Array]:
+            return jnp.split(self.modulation(vector)[:, None], self.modulation.bias.shape[-1] // self.config.width, -1)
+
+        if known is None:
+            return parts(context.vector)
+        pairs = zip(parts(context.known_vector), parts(context.vector))
+        return [jnp.where(known[:, :, None], replaced, noisy) for replaced, noisy in pairs]
 
     def project(self, x: Array) -> tuple[Array, Array]:
         """x (b, j, d) -> normed q and k (b, j, n, 2, k), and v (b, j, n, k)."""
@@ -227,19 +266,19 @@ class DoubleBlocks(nnx.Module):
 
     def __call__(self, tokens: tuple[Array, Array], context: Context) -> tuple[Array, Array]:
         """One block: (video (b, l, d), text (b, s, d)) -> the same."""
-        streams = (self.video, self.text)
-        parts = [stream.modulations(context.vector) for stream in streams]
+        streams, split = (self.video, self.text), tokens[0].shape[1]
+        known = None if context.known is None else context.known[:, :split]
+        parts = [self.video.modulations(context, known), self.text.modulations(context)]
         projected = [
             stream.project(nn.modulate(nn.layer_norm(x), p[0], p[1])) for stream, x, p in zip(streams, tokens, parts)
         ]
         qk, v = (jnp.concatenate(pair, axis=1) for pair in zip(*projected))
         attended = self.video.attend(qk, v, context)
-        split = tokens[0].shape[1]
         out = []
         for stream, x, a, p in zip(streams, tokens, (attended[:, :split], attended[:, split:]), parts):
             _, _, gate, mlp_shift, mlp_scale, mlp_gate = p
-            x = x + gate[:, None] * stream.attention_out(a)
-            out.append(x + mlp_gate[:, None] * stream.mlp(nn.modulate(nn.layer_norm(x), mlp_shift, mlp_scale)))
+            x = x + gate * stream.attention_out(a)
+            out.append(x + mlp_gate * stream.mlp(nn.modulate(nn.layer_norm(x), mlp_shift, mlp_scale)))
         return out[0], out[1]
 
 
@@ -255,10 +294,10 @@ class SingleBlocks(nnx.Module):
 
     def __call__(self, x: Array, context: Context) -> Array:
         """One block: video then text tokens (b, j, d) -> the same."""
-        shift, scale, gate = self.joint.modulations(context.vector)
+        shift, scale, gate = self.joint.modulations(context, context.known)
         y = nn.modulate(nn.layer_norm(x), shift, scale)
         attended = self.joint.attend(*self.joint.project(y), context)
-        return x + gate[:, None] * (self.joint.attention_out(attended) + self.joint.mlp(y))
+        return x + gate * (self.joint.attention_out(attended) + self.joint.mlp(y))
 
 
 class RefinerBlocks(nnx.Module):
@@ -287,17 +326,23 @@ class RefinerBlocks(nnx.Module):
 
 
 class TokenRefiner(nnx.Module):
-    """Text tokens of the encoder -> text tokens of the transformer, aware of the time and of the whole prompt."""
+    """Text tokens of the encoder -> text tokens of the transformer, aware of the time and of the whole prompt.
+
+    Without blocks it is the linear map alone.
+    """
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.time = nn.Embedder(config.time_features, config.width, rngs=rngs)
-        self.pooled = nn.Embedder(config.text_width, config.width, rngs=rngs)
+        refined = config.refiner_blocks > 0
+        self.time = nn.Embedder(config.time_features, config.width, rngs=rngs) if refined else None
+        self.pooled = nn.Embedder(config.text_width, config.width, rngs=rngs) if refined else None
         self.project = nn.Linear(config.text_width, config.width, rngs=rngs)
-        self.blocks = RefinerBlocks(config, rngs=rngs)
+        self.blocks = RefinerBlocks(config, rngs=rngs) if refined else None
 
     def __call__(self, text: Tokens, mask: TokenMask, features: Array) -> Float[Array, "b s d"]:
         """`features` (b, time_features) are the sinusoids of the time; padded rows come out as garbage."""
+        if self.blocks is None:
+            return self.project(text)
         weights = mask.astype(text.dtype)[:, :, None]
         mean = (text * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
         vector = jax.nn.silu(self.time(features) + self.pooled(mean))
@@ -346,6 +391,7 @@ class MMDiT(nnx.Module):
         pooled: Pooled,
         *,
         guidance: Times | None = None,
+        known: conditioning_lib.LatentMask | None = None,
         intermediates: bool = False,
     ) -> Latents | tuple[Latents, dict[str, Array]]:
         """The network's prediction at times t in [0, 1] (1 = noise), float32.
@@ -357,14 +403,15 @@ class MMDiT(nnx.Module):
           text_mask: true where a row of `text` counts; padded rows may hold anything finite.
           pooled: one vector for the prompt.
           guidance: (b,) guidance scales, exactly where the config has `guidance_embedding`.
+          known: one where `inputs` hold known latents, exactly where the config has known="replace". A token counts as
+            known when all of its latents are.
           intermediates: also return every block's output, stacked over layers, by name.
 
         Raises:
-          UserError: sides not divisible by the patch, wrong channel count, or guidance missing or superfluous.
+          UserError: sides not divisible by the patch, wrong channel count, guidance or `known` missing or superfluous.
         """
         config = self.config
-        if inputs.shape[-1] != config.in_channels:
-            raise UserError(f"the network takes {config.in_channels} input channels, got {inputs.shape[-1]}")
+        _check(config, inputs, guidance, known)
         dtype = jnp.dtype(config.compute_dtype)
         grid = tuple(side // p for side, p in zip(inputs.shape[1:4], config.patch))
         features = nn.time_features(TIME_SCALE * t, config.time_features)
@@ -378,13 +425,15 @@ class MMDiT(nnx.Module):
         mask = jnp.concatenate([jnp.ones(video.shape[:2], bool), text_mask.astype(bool)], axis=1)
         vector = jax.nn.silu(condition).astype(dtype)
         context = Context(vector, cos[None, :, None, None], sin[None, :, None, None], mask)
+        if known is not None:
+            context = self._with_known(context, known, pooled)
         run = functools.partial(_block, context=context)
         doubles = (video, words)
         doubles, double_outputs = _scan(self.double_blocks, doubles, run, config.remat, collect=intermediates)
         joint = jnp.concatenate(doubles, axis=1)
         joint, single_outputs = _scan(self.single_blocks, joint, run, config.remat, collect=intermediates)
 
-        shift, scale = jnp.split(self.modulation_out(vector), 2, axis=-1)
+        shift, scale = jnp.split(self.modulation_out(vector)[:, None], 2, axis=-1)
         last = nn.modulate(nn.layer_norm(joint[:, : video.shape[1]]), shift, scale)
         out = nn.unpatchify(self.patch_out(last).astype(jnp.float32), grid, config.patch)
         if not intermediates:
@@ -392,17 +441,29 @@ class MMDiT(nnx.Module):
         names = {"condition": condition, "patch_in": video, "text_in": words, "single_blocks": single_outputs}
         return out, names | {"double_blocks.video": double_outputs[0], "double_blocks.text": double_outputs[1]}
 
-    def _condition(self, features: Array, pooled: Array, guidance: Array | None) -> Float[Array, "b d"]:
+    def _condition(self, features: Array, pooled: Array, guidance: Array | None = None) -> Float[Array, "b d"]:
         """The vector that modulates every block, in float32: it is cheap and everything hangs on it."""
-        if (guidance is not None) != self.config.guidance_embedding:
-            raise UserError(
-                f"guidance is {'missing' if guidance is None else 'given'}, but the config's guidance_embedding "
-                f"is {self.config.guidance_embedding}"
-            )
         condition = self.time_in(features) + self.pooled_in(pooled.astype(jnp.float32))
         if guidance is not None:
             condition += self.guidance_in(nn.time_features(TIME_SCALE * guidance, self.config.time_features))
         return condition
+
+    def _with_known(self, context: Context, known: Array, pooled: Array) -> Context:
+        """The context with the vector of time 0, without guidance, and the tokens that it is for; text is not known."""
+        zero = nn.time_features(jnp.zeros(pooled.shape[0]), self.config.time_features)
+        vector = jax.nn.silu(self._condition(zero, pooled)).astype(context.vector.dtype)
+        tokens = nn.patchify(known, self.config.patch).all(-1)
+        tokens = jnp.pad(tokens, ((0, 0), (0, context.mask.shape[1] - tokens.shape[1])))
+        return dataclasses.replace(context, known_vector=vector, known=tokens)
+
+
+def _check(config: MMDiTConfig, inputs: Array, guidance: Array | None, known: Array | None) -> None:
+    if inputs.shape[-1] != config.in_channels:
+        raise UserError(f"the network takes {config.in_channels} input channels, got {inputs.shape[-1]}")
+    wanted = {"guidance": config.guidance_embedding, "known": config.known == "replace"}
+    for name, value in {"guidance": guidance, "known": known}.items():
+        if (value is not None) != wanted[name]:
+            raise UserError(f"by its config this network {'needs' if wanted[name] else 'takes no'} {name}")
 
 
 def _never_empty(mask: Array) -> Array:
@@ -429,15 +490,11 @@ def fit_text(params: Params, text: Tokens, mask: TokenMask, pooled: Pooled) -> P
     weights = mask.astype(jnp.float32)[..., None]
     text = text.astype(jnp.float32)
     means = (text * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
-    refiner = params["text_in"]
-    return params | {
-        "pooled_in": params["pooled_in"] | {"up": _whitened(params["pooled_in"]["up"], pooled.astype(jnp.float32))},
-        "text_in": refiner
-        | {
-            "project": _whitened(refiner["project"], text[mask.astype(bool)]),
-            "pooled": refiner["pooled"] | {"up": _whitened(refiner["pooled"]["up"], means)},
-        },
-    }
+    refiner = params["text_in"] | {"project": _whitened(params["text_in"]["project"], text[mask.astype(bool)])}
+    if "pooled" in refiner:
+        refiner["pooled"] = refiner["pooled"] | {"up": _whitened(refiner["pooled"]["up"], means)}
+    pooled_in = params["pooled_in"] | {"up": _whitened(params["pooled_in"]["up"], pooled.astype(jnp.float32))}
+    return params | {"pooled_in": pooled_in, "text_in": refiner}
 
 
 def _whitened(linear: Params, rows: Float[Array, "n e"]) -> Params:
@@ -458,9 +515,10 @@ def velocity_fn(network: Network, params: Params, *, guidance: float | None = No
     config = network.config
 
     def velocity(x: Latents, t: Times, cond: conditioning_lib.Conditioning) -> Latents:
-        inputs = conditioning_lib.model_input(x, cond, hold=config.hold_known) if config.known_latents else x
+        inputs = conditioning_lib.model_input(x, cond, known=config.known, hold=config.hold_known)
         scale = None if guidance is None else jnp.full(t.shape, guidance, jnp.float32)
-        out = network(params, inputs, t, cond.text, cond.text_mask, cond.pooled, guidance=scale)
+        known = cond.mask if config.known == "replace" else None
+        out = network(params, inputs, t, cond.text, cond.text_mask, cond.pooled, guidance=scale, known=known)
         return flow.velocity_from_sample(x, t, out) if config.prediction == "sample" else out
 
     return velocity

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -49,14 +49,22 @@ class TextStates(NamedTuple):
 
 
 class TextEncoder(Protocol):
-    """Prompts in, conditioning out. `length` is s, `width` is e and `pooled_width` is p of `TextStates`."""
+    """Prompts in, conditioning out. `width` is e and `pooled_width` is p of `TextStates`.
+
+    s is `length`, and where the encoder reads a picture together with its prompt also the `image_tokens` rows of the
+    picture in front; other encoders have `image_tokens` 0 and take no images.
+    """
 
     length: int
     width: int
     pooled_width: int
+    image_tokens: int
 
-    def encode(self, prompts: Sequence[str]) -> TextStates:
-        """Encodes each prompt, padded or truncated to `length` tokens; warns when a prompt is truncated."""
+    def encode(self, prompts: Sequence[str], images: Sequence[np.ndarray] | None = None) -> TextStates:
+        """Encodes each prompt, padded or truncated to `length` tokens; warns when a prompt is truncated.
+
+        `images` are one picture (y, x, 3) in [0, 1] for each prompt, of any size, where `image_tokens` is not 0.
+        """
         ...
 
 
@@ -111,6 +119,8 @@ class Bert(nnx.Module):
 class MiniLMTextEncoder:
     """A `TextEncoder` from a BERT network, its parameters and its tokenizer."""
 
+    image_tokens = 0
+
     def __init__(self, config: BertConfig, params: Params, tokenizer: Tokenizer) -> None:
         network = Network.create(Bert, config)
         require_match(params, network.abstract_params, what="the text encoder")
@@ -149,26 +159,38 @@ class MiniLMTextEncoder:
         """Prompts -> token ids (b, s) int32 and mask (b, s) bool; warns about every truncated prompt."""
         encodings = self.tokenizer.encode_batch(list(prompts))
         for prompt, encoding in zip(prompts, encodings, strict=True):
-            _warn_if_truncated(prompt, encoding, self.length)
+            warn_if_truncated(prompt, encoding, f"{self.length} tokens")
         ids = np.array([e.ids for e in encodings], np.int32)
         return ids, np.array([e.attention_mask for e in encodings], bool)
 
-    def encode(self, prompts: Sequence[str]) -> TextStates:
-        """Encodes each prompt; see `TextEncoder.encode`.
-
-        Batches are padded to a power of two, at most `MAX_BATCH`, so that few sizes are ever compiled.
-        """
-        if isinstance(prompts, str) or not prompts:
-            raise UserError("encode takes a non-empty list of prompts")
+    def encode(self, prompts: Sequence[str], images: None = None) -> TextStates:
+        """Encodes each prompt; see `TextEncoder.encode`."""
+        require_prompts(prompts)
         ids, mask = self.tokenize(prompts)
-        states, pooled = [], []
-        for start in range(0, len(ids), MAX_BATCH):
-            count = min(len(ids) - start, MAX_BATCH)
-            rows = np.arange(1 << (count - 1).bit_length()) % count + start
-            made = self._apply(self.params, ids[rows], mask[rows])
-            states.append(made[0][:count])
-            pooled.append(made[1][:count])
-        return TextStates(jnp.concatenate(states), jnp.asarray(mask), jnp.concatenate(pooled))
+        states, pooled = in_batches(self._apply, self.params, (ids, mask))
+        return TextStates(states, jnp.asarray(mask), pooled)
+
+
+def require_prompts(prompts: Sequence[str]) -> None:
+    """Raises `UserError` unless `prompts` is a list of at least one."""
+    if isinstance(prompts, str) or not prompts:
+        raise UserError("encode takes a non-empty list of prompts")
+
+
+def in_batches(
+    apply: Callable[..., Any], params: Params, inputs: Sequence[np.ndarray], *, limit: int = MAX_BATCH
+) -> Any:
+    """`apply(params, *inputs)`, whose outputs are a tree of arrays (b, ...), by batches of at most `limit` rows.
+
+    A batch is padded to a power of two, so that few sizes are ever compiled.
+    """
+    made = []
+    for start in range(0, len(inputs[0]), limit):
+        count = min(len(inputs[0]) - start, limit)
+        rows = np.arange(1 << (count - 1).bit_length()) % count + start
+        outputs = apply(params, *(array[rows] for array in inputs))
+        made.append(jax.tree.map(lambda leaf, count=count: leaf[:count], outputs))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *made)
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
@@ -181,11 +203,13 @@ def read_tokenizer(file: Path) -> Tokenizer:
         raise UserError(f"can't read {file}: {error}; the file is damaged, copy it again") from None
 
 
-def _warn_if_truncated(prompt: str, encoding: Encoding, length: int) -> None:
+def warn_if_truncated(prompt: str, encoding: Encoding, limit: str) -> None:
+    """Warns with what a truncating tokenizer left out of a prompt, if anything; `limit` names its length."""
     if encoding.overflowing:
         ends = [end for (_, end), special in zip(encoding.offsets, encoding.special_tokens_mask) if not special]
-        kept = max(ends, default=0)
-        warnings.warn(
-            f"the prompt is longer than {length} tokens; this part of it was dropped: {prompt[kept:].strip()!r}",
-            stacklevel=4,
-        )
+        warn_dropped(prompt[max(ends, default=0) :], limit)
+
+
+def warn_dropped(dropped: str, limit: str) -> None:
+    """Warns that the end of a prompt is not encoded."""
+    warnings.warn(f"the prompt is longer than {limit}; this part of it was dropped: {dropped.strip()!r}", stacklevel=5)

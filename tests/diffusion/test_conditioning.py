@@ -74,6 +74,13 @@ def test_model_input_layout():
     np.testing.assert_array_equal(inputs[..., 2 * C :], cond.mask)
 
 
+def test_known_latents_may_stand_in_the_place_of_noise_or_be_left_out():
+    x, cond = jnp.full((B, F, H, W, C), -3.0), make(count=jnp.array([0, 1, 4]))
+    replaced = model_input(x, cond, known="replace")
+    np.testing.assert_array_equal(replaced, jnp.where(cond.mask > 0, LATENTS, x))
+    assert model_input(x, cond, known="none") is x
+
+
 def test_image_tokens_stand_first_and_survive_another_text():
     cond = make()
     new = replace_text(cond, jnp.full((1, 3, 6), 1.0), jnp.array([[True, False, False]]), jnp.ones((1, 6)))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magic141_jax.diffusion.timesteps import TimeDensity, grid, shift_times
+from magic141_jax.diffusion.timesteps import TimeDensity, dynamic_shift, grid, shift_times
 from magic141_jax.errors import UserError
 
 
@@ -64,3 +64,11 @@ def test_shifting_a_logit_normal_moves_its_mean_by_the_logarithm():
 def test_bad_densities_are_refused(bad):
     with pytest.raises(ValueError):
         TimeDensity(**bad)
+
+
+def test_dynamic_shift_grows_with_the_image():
+    assert dynamic_shift(256) == pytest.approx(np.exp(0.5)) and dynamic_shift(4096) == pytest.approx(np.exp(1.15))
+    middle = dynamic_shift(30, base_shift=1.0, max_shift=3.0, base_tokens=20, max_tokens=40)
+    assert middle == pytest.approx(np.exp(2.0))
+    with pytest.raises(UserError, match="must differ"):
+        dynamic_shift(30, base_tokens=256, max_tokens=256)

@@ -43,6 +43,15 @@ def test_masked_tokens_are_never_seen(pre_norm):
     assert np.abs(a - unmasked)[1, :3].max() > 1e-3
 
 
+def test_a_causal_stack_never_looks_ahead():
+    config = EncoderConfig(layers=2, width=8, heads=2, mlp=16, activation="quick_gelu", causal=True)
+    network = Network.create(Encoder, config)
+    apply, params = jax.jit(network.__call__), network.init(jax.random.key(1))
+    a, b = (np.asarray(apply(params, x, np.ones_like(MASK))) for x in (tokens(), tokens().at[:, 3:].set(1.0)))
+    np.testing.assert_allclose(a[:, :3], b[:, :3], rtol=1e-5, atol=1e-5)
+    assert np.abs(a - b)[:, 3:].max(-1).min() > 1e-3
+
+
 def test_layers_are_drawn_differently():
     _, _, params = stack(True)
     kernel = flatten(params)["layers.q.kernel"]

@@ -61,6 +61,21 @@ def test_attention_is_the_masked_softmax_average(backend):
             np.testing.assert_allclose(got[b, :, n * 8 : n * 8 + 8], want, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", layers.ATTENTION)
+def test_each_query_sees_what_its_own_mask_says_and_heads_in_a_row_share_keys(backend):
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((2, 5, 4, 8)).astype(np.float32)
+    k, v = rng.standard_normal((2, 2, 5, 2, 8)).astype(np.float32)
+    valid = np.array([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]], bool)
+    mask = layers.causal_mask(valid)
+    got = layers.attention(q, k, v, mask, backend=backend)
+    for b, i, n in np.ndindex(2, 5, 4):
+        seen = [j for j in range(i + 1) if valid[b, j]]
+        assert np.flatnonzero(mask[b, i]).tolist() == seen
+        scores = np.exp(q[b, i, n] @ k[b, seen, n // 2].T / np.sqrt(8))
+        np.testing.assert_allclose(got[b, i, 8 * n : 8 * n + 8], scores / scores.sum() @ v[b, seen, n // 2], atol=1e-5)
+
+
 def test_patches_round_trip_and_keep_neighbours_together():
     x = jnp.arange(2 * 3 * 4 * 6 * 5.0).reshape(2, 3, 4, 6, 5)
     tokens = layers.patchify(x, (1, 2, 2))

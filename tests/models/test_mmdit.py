@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magic141_jax import sharding
 from magic141_jax.diffusion import conditioning, flow
 from magic141_jax.errors import UserError
 from magic141_jax.models.mmdit import SHARDING_RULES, SIZES, MMDiT, debug, fit_text, velocity_fn
@@ -149,8 +150,14 @@ def test_wrong_inputs_are_named(network, params):
         network(params, *inputs(channels=4))
     with pytest.raises(UserError, match="guidance"):
         network(params, *inputs(), guidance=jnp.ones(2))
+    with pytest.raises(UserError, match="known"):
+        network(params, *inputs(), known=jnp.ones((2, 2, 4, 4, 1)))
     with pytest.raises(UserError, match="rope_axes"):
         dataclasses.replace(CONFIG, rope_axes=(2, 2, 2))
+    with pytest.raises(UserError, match="known='replace' in_channels is 4, not 9"):
+        dataclasses.replace(CONFIG, known="replace")
+    with pytest.raises(UserError, match="hold_known"):
+        dataclasses.replace(CONFIG, in_channels=4, known="none", hold_known=True)
 
 
 def test_guidance_is_an_input_where_the_config_has_it():
@@ -159,6 +166,21 @@ def test_guidance_is_an_input_where_the_config_has_it():
     forward = jax.jit(lambda p, g: net(p, *inputs(), guidance=g))
     low, high = (forward(params, jnp.full(2, g)) for g in (1.0, 6.0))
     assert jnp.abs(low - high).max() > 1e-3
+
+
+def test_without_refiner_blocks_text_enters_through_a_linear_map():
+    net = Network.create(MMDiT, dataclasses.replace(CONFIG, refiner_blocks=0))
+    params = random_params(net)
+    assert params["text_in"].keys() == {"project"}
+    x, t, text, mask, pooled = inputs()
+    out, names = jax.jit(lambda p, text: net(p, x, t, text, mask, pooled, intermediates=True))(params, text)
+    project = params["text_in"]["project"]
+    np.testing.assert_allclose(names["text_in"], np.asarray(text) @ project["kernel"] + project["bias"], atol=1e-5)
+    garbage = jnp.where(mask[:, :, None], text, 1e3)
+    np.testing.assert_allclose(net(params, x, t, garbage, mask, pooled), out, atol=1e-5)
+    fitted = fit_text(params, text, mask, pooled)
+    assert fitted["text_in"].keys() == {"project"}
+    assert jnp.abs(fitted["text_in"]["project"]["kernel"] - project["kernel"]).max() > 1e-3
 
 
 def test_velocity_functions_of_both_predictions_agree(network, apply, params):
@@ -177,6 +199,49 @@ def test_velocity_functions_of_both_predictions_agree(network, apply, params):
     np.testing.assert_allclose(flow.sample_from_velocity(x, t, velocity), out, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def replacing():
+    """A network that takes known latents in the place of noisy ones, its velocity, and inputs with 0 and 1 known."""
+    config = dataclasses.replace(debug(), in_channels=4, known="replace", guidance_embedding=True)
+    network = Network.create(MMDiT, config)
+    x, t, text, mask, pooled = inputs(channels=4)
+    cond = conditioning.Conditioning(text, mask, pooled, *conditioning.known_latents(x[::-1], jnp.array([0, 1]), 2))
+    return network, jax.jit(lambda params, *args: velocity_fn(network, params, guidance=3.0)(*args)), (x, t, cond)
+
+
+def test_replaced_latents_are_told_from_noisy_ones(replacing):
+    network, velocity, (x, t, cond) = replacing
+    params = random_params(network)
+    out = velocity(params, x, t, cond)
+    plain = Network.create(MMDiT, dataclasses.replace(network.config, known="none"))
+    shown = [conditioning.keep_known(x, cond), t, cond.text, cond.text_mask, cond.pooled]
+    without = jax.jit(lambda p: plain(p, *shown, guidance=jnp.full(2, 3.0)))(params)
+    np.testing.assert_allclose(out[0], without[0], atol=1e-5, err_msg="nothing is known there")
+    assert jnp.abs(out[1] - without[1]).max() > 1e-2, "the modulation of time 0"
+    wandered = jnp.where(cond.mask > 0, 1e3, x)
+    np.testing.assert_array_equal(velocity(params, wandered, t, cond), out)
+
+
+def test_replacing_works_in_bfloat16_recomputed_and_sharded(replacing):
+    network, velocity, (x, t, cond) = replacing
+    params = random_params(network)
+    config = dataclasses.replace(network.config, remat="full", compute_dtype="bfloat16")
+    half = Network.create(MMDiT, config)
+
+    def forward(params, *args):
+        return velocity_fn(half, params, guidance=3.0)(*args)
+
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    spread = jax.device_put(params, sharding.shardings(params, mesh, SHARDING_RULES, small=1))
+    batch = sharding.shard_batch(jax.tree.map(lambda a: jnp.concatenate([a, a]), (x, t, cond)), mesh)
+    out, want = jax.jit(forward)(spread, *batch), velocity(params, x, t, cond)
+    assert jnp.abs(out[:2] - want).mean() < 0.05 * jnp.abs(want).mean()
+    np.testing.assert_array_equal(out[:2], out[2:])
+    # tracing is enough for the backward pass: that recomputation changes nothing is shown above
+    gradients = jax.eval_shape(jax.grad(lambda p: forward(p, x, t, cond).mean()), params)
+    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, params)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_sharding_rules_fit_every_size(size):
     leaves = flatten(Network.create(MMDiT, SIZES[size]()).abstract_params)
@@ -191,6 +256,7 @@ def test_published_size_and_debug_size():
     parameters = {name: count(Network.create(MMDiT, size()).abstract_params) for name, size in SIZES.items()}
     assert parameters["debug"] < 30_000
     assert parameters["hunyuan_13b"] == pytest.approx(12.8e9, rel=0.01)
+    assert parameters["flux_12b"] == pytest.approx(11.9e9, rel=0.01)
 
 
 def test_fitted_text_maps_hear_quiet_directions(network):

@@ -36,7 +36,7 @@ def test_samples_keep_their_first_latent_frame():
             held, mask = known_latents(record["latents"], known, 3)
             return Conditioning(jnp.zeros((2, 1, 1)), jnp.ones((2, 1), bool), jnp.zeros((2, 1)), held, mask)
 
-    Method.transformer.config = types.SimpleNamespace(known_latents=True, hold_known=False, prediction="velocity")
+    Method.transformer.config = types.SimpleNamespace(known="channels", hold_known=False, prediction="velocity")
     latents = jnp.full((2, 3, 4, 4, 3), 7.0)
     draw = preview.generation(Method(), lambda params, x, method: x, {}, seed=0)
     shown = np.asarray(draw({"student": {"transformer": {}}}, {"latents": latents}))
