@@ -7,14 +7,24 @@ traceback.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import errno
 import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
 class UserError(ValueError):
     """A mistake that the user can mend. The message says what is wrong and how to mend it, in one line."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `UserError` instead of printing the usage."""
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

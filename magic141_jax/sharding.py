@@ -98,13 +98,16 @@ def table(tree: Any, mesh: Mesh, rules: Rules = (), *, small: int = 2**16) -> st
     rows = [(p.path, "x".join(map(str, p.shape)) or "scalar", _spec_text(p.spec), p.reason) for p in placed]
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
     lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]) for row in rows]
-    itemsizes = [np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)]
-    whole = sum(size * math.prod(p.shape) for p, size in zip(placed, itemsizes))
-    local = sum(
-        size * math.prod(NamedSharding(mesh, p.spec).shard_shape(p.shape)) for p, size in zip(placed, itemsizes)
-    )
+    whole = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    local = bytes_per_device(tree, shardings(tree, mesh, rules, small=small))
     shape = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     return "\n".join([*lines, f"mesh {shape}: {whole / 2**20:.1f} MiB in all, {local / 2**20:.1f} MiB on a device"])
+
+
+def bytes_per_device(tree: Any, shardings: Any) -> int:
+    """The memory that a tree of arrays or shape structs takes on each device, by a tree of shardings like it."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(s.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf, s in pairs)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -11,11 +11,12 @@ matrices, but rounding them costs accuracy and saves next to nothing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,24 +37,33 @@ MAX_SHARD_BYTES = 4 << 30
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; a missing or malformed file is the user's to mend."""
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no file {path}; is this a weights folder?") from None
     except (OSError, ValueError) as error:
         raise UserError(f"can't read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object; is it the right file?")
+    return value
 
 
 def save(folder: Path, config: Mapping[str, Any], params: Params, *, storage: Storage = "float32") -> None:
     """Writes a component folder; what stood there is replaced only once everything is on disk."""
+    with new_folder(folder) as temporary:
+        (temporary / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+        _write_shards(temporary, _encode(flatten(params), storage))
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` to write into, which takes its place in the end, unless something failed."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        (temporary / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
-        _write_shards(temporary, _encode(flatten(params), storage))
-        temporary.chmod(0o755)
-        for file in temporary.iterdir():
-            file.chmod(0o644)  # safetensors makes files that only their owner can read
+        yield temporary
+        for path in (temporary, *temporary.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # mkdtemp and safetensors make what only the owner can read
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
@@ -88,11 +98,32 @@ def read_tensors(folder: Path, stem: str = "model") -> dict[str, jnp.ndarray]:
 
 
 def tensor_files(folder: Path, stem: str = "model") -> list[Path]:
-    """The safetensors files of a component, by its index where it has one."""
+    """The safetensors files of a component, by its index where it has one.
+
+    Raises:
+      UserError: the index is malformed or names a file outside the folder.
+    """
     index = Path(folder) / f"{stem}.safetensors.index.json"
     if index.exists():
-        return [Path(folder) / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        return [Path(folder) / name for name in sorted(set(read_weight_map(index).values()))]
     return [Path(folder) / f"{stem}.safetensors"]
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """{tensor: file} of a `*.safetensors.index.json`; files must be plain names, which can't leave the folder.
+
+    Only the name is judged: in the Hub's cache the file itself is a link into another folder.
+
+    Raises:
+      UserError: the file is missing or malformed, or names a path.
+    """
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise UserError(f"{index} has no weight_map from tensors to files; it is damaged, copy it again")
+    for name in found.values():
+        if not name.endswith(".safetensors") or set(name) & set("/\\:"):
+            raise UserError(f"{index} names {name!r}; shards are *.safetensors files beside the index, nothing else")
+    return found
 
 
 def digest(folder: Path) -> str:

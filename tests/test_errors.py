@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from magic141_jax.errors import UserError, nearest, run_entry_point
+from magic141_jax.errors import OneLineParser, UserError, nearest, run_entry_point
 
 
 def failing(error):
@@ -47,3 +47,10 @@ def test_the_return_value_is_the_exit_code(returned, code):
 def test_nearest_suggests_one_word_or_lists_all():
     assert nearest("stepps", ["steps", "seed"]) == " Did you mean 'steps'?"
     assert nearest("zzz", ["steps", "seed"]) == " Known: steps, seed."
+
+
+def test_a_wrong_flag_is_one_line():
+    parser = OneLineParser(prog="tool")
+    parser.add_argument("--size", type=int)
+    with pytest.raises(UserError, match=r"invalid int value: 'x' \(see tool --help\)$"):
+        parser.parse_args(["--size", "x"])

@@ -160,3 +160,12 @@ def test_the_table_says_what_went_where():
     assert len(lines) == 5
     assert "blocks.up.kernel" in lines[2] and "3x8x16" in lines[2] and "(-, fsdp, tensor)" in lines[2]
     assert "largest dimension" in lines[3] and "data=2 fsdp=2 tensor=2" in lines[4]
+
+
+def test_bytes_per_device():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    params = make_params()
+    where = sharding.shardings(params, mesh, RULES, small=1)
+    placed = jax.device_put(params, where)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
+    assert sharding.bytes_per_device(params, where) == held < sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -98,6 +98,19 @@ def test_damage_is_the_users_to_mend_and_named(tmp_path):
         weights.load(folder)
 
 
+@pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", "model.bin"])
+def test_an_index_stays_in_its_folder(tmp_path, name):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match="beside the index, nothing else"):
+        weights.tensor_files(tmp_path)
+
+
+def test_a_file_that_is_no_object_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="holds a list"):
+        weights.load(tmp_path)
+
+
 def test_digest_depends_on_the_tensors_alone(tmp_path):
     params = make_params()
     weights.save(tmp_path / "a/net", CONFIG, params)

@@ -12,7 +12,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ from magic141_jax.data.buckets import Bucket, make_buckets, parse_size
 from magic141_jax.data.emoji import DEFAULT_PACK, EmojiClips, EmojiConfig, EmojiPack
 from magic141_jax.data.prepare import Encoders, prepare
 from magic141_jax.data.sources import FileClips, Joined, Source, TfdsClips
-from magic141_jax.errors import UserError, run_entry_point
+from magic141_jax.errors import OneLineParser, UserError, run_entry_point
 from magic141_jax.pipelines.components import TEXT_ENCODERS, find_folder, load_model
 from magic141_jax.settings import build
 
@@ -31,15 +31,8 @@ DEFAULTS = {"height": 64, "width": 64, "num_frames": 17, "fps": 8.0}
 EMOJI_FPS = 8.0
 
 
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="python -m magic141_jax.data", description="Makes prepared data sets.")
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog="python -m magic141_jax.data", description="Makes prepared data sets.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     made = commands.add_parser("prepare", help="decode clips, cut them to size, encode them, store them for training")
     made.add_argument(

@@ -12,13 +12,13 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from magic141_jax.data.emoji import DEFAULT_PACK, EmojiPack
-from magic141_jax.errors import UserError, run_entry_point
+from magic141_jax.errors import OneLineParser, UserError, run_entry_point
 from magic141_jax.evaluation import drift, protocol, report
 from magic141_jax.evaluation.templates import Search
 from magic141_jax.pipelines.components import DEFAULT
@@ -30,16 +30,9 @@ STEPS_PER_SPLIT = {"train": 10, "triples": 10, "subjects": 7}  # of the progress
 MAX_SAMPLES = 4096
 
 
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line; raises `UserError` for what is wrong with it."""
-    parser = _Parser(prog="python -m magic141_jax.evaluation", description="Measures weights on the emoji set.")
+    parser = OneLineParser(prog="python -m magic141_jax.evaluation", description="Measures weights on the emoji set.")
     parser.add_argument("--weights", default=DEFAULT, metavar="DIR", help="weights folder (default: the embedded one)")
     parser.add_argument("--samples", type=int, default=32, metavar="N", help="captions of each of the three sets")
     parser.add_argument("--steps", type=int, metavar="N", help="sampling steps (default: the weights' own)")
