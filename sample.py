@@ -29,10 +29,12 @@ from magic141_jax.pipelines.components import DEFAULT
 from magic141_jax.pipelines.long_video import stream_video
 from magic141_jax.pipelines.options import as_prompts, resolve
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
+from magic141_jax.sharding import MeshConfig, make_mesh
 
 MAX_SECONDS = 3600.0
 MAX_VIDEOS = 10_000
 MAX_UPSCALED_SIDE = 8192
+WATCHABLE_SIDE = 256
 IN_METADATA = (
     *("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift", "sampler"),
     *("overlap_latents", "history_noise"),
@@ -52,12 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with one_line_warnings():
         image = None if args.image is None else media.read_image(args.image)
-        pipeline = TextToVideoPipeline.from_pretrained(args.weights)
+        mesh = None if args.fsdp is None else make_mesh(MeshConfig(fsdp=args.fsdp))
+        pipeline = TextToVideoPipeline.from_pretrained(
+            args.weights, image_weights=args.image_weights, dtype=args.dtype, revision=args.revision, mesh=mesh
+        )
         options = sampling_options(args)
         resolved = resolve(options, pipeline.components)
-        check_upscale(args.upscale, resolved.height, resolved.width)
-        fps = pipeline.components.sampling.fps
-        frames = resolved.num_frames if args.duration is None else max(1, round(args.duration * fps))
+        args.upscale = upscale_factor(args.upscale, resolved.height, resolved.width)
+        sampling = pipeline.components.sampling
+        fps = sampling.fps
+        window = max(resolved.num_frames - sampling.dropped_frames, 1)
+        frames = window if args.duration is None else max(1, round(args.duration * fps))
         frames = 1 if args.output.suffix.lower() == ".png" else frames
         media.check_output(args.output, frames)
         start = time.perf_counter()
@@ -83,10 +90,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--guidance", type=float, help="guidance scale; 1 is none, and twice as fast")
     add("--size", help="64, or WIDTHxHEIGHT, in pixels")
     add("--seed", type=int, default=0, help="video i of --num_videos has seed + i")
-    add("--weights", default=DEFAULT, help='a weights folder, a Hugging Face id, or "default"')
+    add("--weights", default=DEFAULT, help='a weights folder, ours or in diffusers\' layout, a Hub id, or "default"')
+    add("--image_weights", help="other weights that make the first image, such as FLUX; a folder or a Hub id")
+    add("--revision", help="branch, tag or commit of --weights on the Hub")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the large networks; by default bfloat16 but on a CPU")
+    add("--fsdp", type=int, help="over how many devices each weight is split; one device has all unless given")
     add("--output", type=Path, default=Path("out.mp4"), help=", ".join(media.FORMATS))
     add("--num_videos", type=int, default=1, help="how many; out-0.mp4 and so on if more than 1")
-    add("--upscale", type=int, default=4, help="enlarges what is written (Lanczos); 1 keeps the pixels")
+    add("--upscale", type=int, help="enlarges what is written (Lanczos); by default to some 256 pixels, 1 keeps them")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
@@ -124,11 +135,14 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def check_upscale(upscale: int, height: int, width: int) -> None:
-    """Raises `UserError` unless the enlarged frames have a sane size."""
+def upscale_factor(upscale: int | None, height: int, width: int) -> int:
+    """The factor asked for, or one that makes small frames watchable; raises `UserError` unless its size is sane."""
     most = MAX_UPSCALED_SIDE // max(height, width)
+    if upscale is None:
+        return max(1, WATCHABLE_SIDE // max(height, width))
     if not 1 <= upscale <= most:
         raise UserError(f"--upscale is {upscale}; for {width}x{height} it must be from 1 to {most}")
+    return upscale
 
 
 def output_paths(output: Path, count: int) -> list[Path]:

@@ -3,6 +3,8 @@
     DIR/model_index.json                                 {"format": 1, "sampling": {...}}, see `SamplingSettings`
     DIR/{transformer,vae,text_encoder,image_encoder}/    config.json + safetensors, see `magic141_jax.weights`
 
+or a published pipeline folder in diffusers' layout, see `magic141_jax.pipelines.published`.
+
 The folder is named by its path, by "default" (the small trained weights of this repository) or by the id of a
 repository on the Hugging Face Hub.
 """
@@ -20,16 +22,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 
 from magic141_jax import settings, sharding, weights
+from magic141_jax.convert import hub, repository
+from magic141_jax.convert.memory import require_memory
 from magic141_jax.diffusion.samplers import Sampler
 from magic141_jax.errors import UserError, nearest
 from magic141_jax.models import MODELS, SHARDING_RULES
 from magic141_jax.models.network import Network
 from magic141_jax.models.text import MiniLMTextEncoder, TextEncoder
+from magic141_jax.pipelines import published
+from magic141_jax.pipelines.media import Fit
 from magic141_jax.pytree import Params, cast, require_match
 
 DEFAULT = "default"
@@ -46,6 +51,15 @@ class SamplingSettings:
     """How a set of weights is meant to be sampled: sizes in pixels, clip length in frames, the walk.
 
     `overlap_latents` latent frames of a window are known to the next one in a long video, noised by `history_noise`.
+
+    What published weights need besides, each from diffusers' pipeline of the same name:
+
+    Attributes:
+      dynamic_shift: keywords of `timesteps.dynamic_shift`, where the shift follows the size of the image (FLUX.1 dev).
+      image_fit: a first image is cut to the clip's shape ("cover") or stretched to it.
+      image_share: share of the first image's latent frame in the noise that every frame starts from.
+      keep_known: whether a clip's latents end with the known ones as they were given.
+      dropped_frames: decoded frames cut off at the start of a clip.
     """
 
     height: int
@@ -58,6 +72,11 @@ class SamplingSettings:
     sampler: Sampler = "euler"
     overlap_latents: int = 1
     history_noise: float = 0.0
+    dynamic_shift: dict[str, float] | None = None
+    image_fit: Fit = "cover"
+    image_share: float = 0.0
+    keep_known: bool = True
+    dropped_frames: int = 0
 
 
 class Model(NamedTuple):
@@ -75,7 +94,7 @@ class Components:
     transformer: Model
     vae: Model
     text_encoder: TextEncoder
-    image_encoder: Model
+    image_encoder: Model | None
     sampling: SamplingSettings
     mesh: jax.sharding.Mesh | None = None
 
@@ -115,12 +134,14 @@ def load_components(
     """
     folder = find_folder(path_or_hub_id, revision)
     index = weights.read_json(folder / "model_index.json")
-    if index.get("format") != 1:
-        raise UserError(f"{folder / 'model_index.json'} has format {index.get('format')!r}; this version reads 1")
-    sampling = settings.build(SamplingSettings, index.get("sampling", {}), where="model_index.sampling")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}; float32 and bfloat16 are known")
+    if published.is_published(index):
+        return _published_components(folder, index, dtype=dtype, mesh=mesh)
+    if index.get("format") != 1:
+        raise UserError(f"{folder / 'model_index.json'} has format {index.get('format')!r}; this version reads 1")
+    sampling = settings.build(SamplingSettings, index.get("sampling", {}), where="model_index.sampling")
     models = {
         name: load_model(folder / name, overrides={"compute_dtype": dtype} if name == "transformer" else {}, mesh=mesh)
         for name in ("transformer", "vae", "image_encoder")
@@ -130,28 +151,52 @@ def load_components(
     return Components(folder=folder, text_encoder=text_encoder, sampling=sampling, mesh=mesh, **models)
 
 
+def _published_components(
+    folder: Path, index: Mapping[str, Any], *, dtype: Dtype, mesh: jax.sharding.Mesh | None
+) -> Components:
+    """The parts of a pipeline folder in diffusers' layout; all but the VAE compute in `dtype`."""
+    load = functools.partial(load_model, overrides={"compute_dtype": dtype}, mesh=mesh)
+    transformer = load(folder / "transformer")
+    text_encoder, sampling = published.read(folder, index, transformer.network.config, load)
+    return Components(
+        folder=folder,
+        transformer=transformer,
+        vae=load_model(folder / "vae", mesh=mesh),
+        text_encoder=text_encoder,
+        image_encoder=None,
+        sampling=settings.build(SamplingSettings, sampling, where="sampling"),
+        mesh=mesh,
+    )
+
+
 def load_model(
     folder: Path, *, overrides: Mapping[str, Any] | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> Model:
     """Reads one component folder; parameters are cast to the config's compute dtype (float32 where it has none).
 
     Args:
-      folder: with config.json and safetensors.
+      folder: with config.json and safetensors, ours or of a published repository (see `convert.repository`).
       overrides: config fields that replace the stored ones.
       mesh: devices over which the parameters are laid by the network's rules, else by size.
 
     Raises:
-      UserError: a file missing or damaged, an unknown model or config key, parameters that do not fit.
+      UserError: a file missing or damaged, an unknown model or config key, parameters that do not fit it, or too
+        little memory for them.
     """
-    mapping, params = weights.load(folder)
+    mapping = weights.read_json(folder / "config.json")
+    if repository.is_published(mapping):
+        return Model(*repository.load(folder, mesh=mesh, **(overrides or {})))
     kind = mapping.pop("model", None)
     config_class, module = _pick(MODELS, kind, folder)
     config = settings.build(config_class, {**mapping, **(overrides or {})}, where=f"{folder.name}/config.json")
     network = Network.create(module, config)
+    dtype, rules = jnp.dtype(getattr(config, "compute_dtype", "float32")), SHARDING_RULES.get(kind, ())
+    require_memory(network.abstract_params, dtype, mesh, what=str(folder), rules=rules)
+    _, params = weights.load(folder)
     require_match(params, network.abstract_params, what=str(folder))
-    params = cast(params, jnp.dtype(getattr(config, "compute_dtype", "float32")))
+    params = cast(params, dtype)
     if mesh is not None:
-        params = jax.device_put(params, sharding.shardings(params, mesh, SHARDING_RULES.get(kind, ())))
+        params = jax.device_put(params, sharding.shardings(params, mesh, rules))
     return Model(network, params)
 
 
@@ -169,12 +214,7 @@ def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path
         raise UserError(f"{path} is a file; name the weights folder that holds model_index.json")
     if not _HUB_ID.fullmatch(name) or path.parent.is_dir():
         raise UserError(f"no weights folder {path}")
-    try:
-        patterns = ["*.json", "*.safetensors"]
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub library raises its own, httpx's and the system's errors
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise UserError(f"no weights folder {name}, nor could it be fetched from the Hub: {reason[0]}") from None
+    return hub.fetch(name, revision)
 
 
 def enable_compilation_cache() -> None:

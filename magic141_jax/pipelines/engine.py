@@ -1,6 +1,6 @@
 """The compiled stages that every pipeline is made of, and the clock over them.
 
-    encode_text   prompts                          -> token states, mask, pooled vector
+    encode_text   prompts [and first images]       -> token states, mask, pooled vector
     condition     states, first images             -> Conditioning: image tokens before the text, one known latent
     encode_known  frames (b, t, y, x, 3)           -> known latents and mask of a clip
     denoise       conditioning, seeds              -> latents
@@ -79,21 +79,32 @@ class Engine:
         self._denoise = self._stage(_denoise, components.transformer)
         self._encode_known = self._stage(_encode_known, components.vae)
         self._decode = self._stage(_decode, components.vae)
-        self._image_tokens = self._stage(_prepend_image_tokens, components.image_encoder)
+        if components.image_encoder is not None:
+            self._image_tokens = self._stage(_prepend_image_tokens, components.image_encoder)
         self._text_sizes: set[int] = set()
 
-    def encode_text(self, prompts: Sequence[str], options: SamplingOptions) -> Prompts:
-        """Encodes the prompts, and the negative prompts if guidance needs them, in one batch."""
+    def encode_text(
+        self, prompts: Sequence[str], options: SamplingOptions, *, images: Sequence[np.ndarray] | None = None
+    ) -> Prompts:
+        """Encodes the prompts, and the negative prompts if guidance needs them, in one batch.
+
+        An encoder that reads pictures is given `images` (y, x, 3), one each, of any size, and a black picture with
+        the negative prompts, as HunyuanVideo's image-to-video pipeline does.
+        """
         negative = [p or "" for p in per_prompt(options.negative_prompt, len(prompts), "negative_prompt")]
         twice = options.guidance_scale != 1 and not self.components.transformer.network.config.guidance_embedding
         texts = [*prompts, *negative] if twice else list(prompts)
-        encode = self.components.text_encoder.encode
+        shown = None
+        if images is not None and self.components.text_encoder.image_tokens:
+            black = np.zeros((options.height, options.width, 3), np.float32)
+            shown = [*images, *[black] * (len(texts) - len(prompts))]
+        encode = functools.partial(self.components.text_encoder.encode, texts, shown)
         if len(texts) not in self._text_sizes:
             with clock(self.seconds, "compile"):  # a first call is nearly all compilation
-                jax.block_until_ready(encode(texts))
+                jax.block_until_ready(encode())
             self._text_sizes.add(len(texts))
         with clock(self.seconds, "text"):
-            states = jax.block_until_ready(encode(texts))
+            states = jax.block_until_ready(encode())
         count = len(prompts)
         positive, other = (TextStates(*(a[part] for a in states)) for part in (slice(count), slice(count, None)))
         return Prompts(positive, other if twice else None)
@@ -103,14 +114,16 @@ class Engine:
     ) -> tuple[Conditioning, TextStates | None]:
         """The conditioning of a clip and the negative text.
 
-        With `images` (b, y, x, 3), their tokens stand before the text and the first latent frame is known.
+        With `images` (b, y, x, 3) the first latent frame is known and their tokens stand before the text; where the
+        text encoder read the pictures, their rows are there already.
         """
         text, mask, pooled = prompts.positive
         if images is None:
             known, known_mask = self._nothing_known(len(text), options)
             return Conditioning(text, mask, pooled, known, known_mask), prompts.negative
         length = text.shape[1]
-        text, mask = self._image_tokens("image", images, text, mask)
+        if not self.components.text_encoder.image_tokens:
+            text, mask = self._image_tokens("image", images, text, mask)
         known, known_mask = self.encode_known(jnp.asarray(images)[:, None], options, label="image")
         cond = Conditioning(text, mask, pooled, known, known_mask, image_tokens=text.shape[1] - length)
         return cond, prompts.negative
@@ -153,11 +166,20 @@ class Engine:
             history_noise=np.float32(history_noise),
         )
         label = "image" if purpose == IMAGE_PURPOSE else "video"
-        return self._denoise(label, walk, sampler=options.sampler, callback=options.callback)
+        made_for = self.components.sampling
+        return self._denoise(
+            label,
+            walk,
+            sampler=options.sampler,
+            callback=options.callback,
+            image_share=made_for.image_share,
+            keep=made_for.keep_known,
+        )
 
     def decode(self, latents: Latents) -> Frames:
-        """Normalised latents -> frames in [0, 1]."""
-        return self._decode("decode", latents)
+        """Normalised latents -> frames in [0, 1], without those that the weights' makers drop."""
+        drop = self.components.sampling.dropped_frames if latents.shape[1] > 1 else 0
+        return self._decode("decode", latents)[:, drop:]
 
     def _nothing_known(self, batch: int, options: SamplingOptions) -> tuple[Latents, LatentMask]:
         shape = (batch, *self._latent_shape(options))
@@ -201,9 +223,13 @@ def _denoise(
     *,
     sampler: samplers.Sampler,
     callback: samplers.StepCallback | None,
+    image_share: float,
+    keep: bool,
 ) -> Latents:
     cond, keys = walk.cond, jax.vmap(_keys)(walk.draws)
     noise = flow.draw_noise(keys[:, 0], cond.known.shape) if walk.noise is None else walk.noise
+    if image_share:
+        noise = flow.interpolate(cond.known[:, :1], noise, 1 - image_share)
     scale = walk.guidance_scale
     velocity = velocity_fn(network, params, guidance=scale if network.config.guidance_embedding else None)
     if walk.negative is not None:
@@ -217,6 +243,7 @@ def _denoise(
         sampler=sampler,
         key=keys[:, 2],
         callback=callback,
+        keep=keep,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from magic141_jax.errors import UserError
+from magic141_jax.pipelines.components import Components
 from magic141_jax.pipelines.engine import Prompts
 from magic141_jax.pipelines.media import ImageLike, fit_image, read_image
 from magic141_jax.pipelines.options import FORMATTERS, PipelineOutput, SamplingOptions, as_prompts, resolve
@@ -33,7 +34,7 @@ class ImageToVideoPipeline(Pipeline):
         Args:
           prompt: one or several.
           image: one for all prompts, or a list of one each: paths, PIL images or arrays (y, x, 3), of any size; they
-            are resized to cover the clip's size and cropped at the centre.
+            are resized as the weights want it (`SamplingSettings.image_fit`): cut at the centre, unless stretched.
           **options: the fields of `SamplingOptions`.
 
         Returns:
@@ -44,8 +45,11 @@ class ImageToVideoPipeline(Pipeline):
         """
         prompts = as_prompts(prompt)
         resolved = resolve(options, self.components)
-        images = as_images(image, len(prompts), resolved)
-        return self.generate(self.engine.encode_text(prompts, resolved), images, resolved)
+        if self.components.transformer.network.config.known == "none":
+            raise UserError("these weights know of no first image; make a clip from the text alone, or take others")
+        pictures = as_pictures(image, len(prompts))
+        encoded = self.engine.encode_text(prompts, resolved, images=pictures)
+        return self.generate(encoded, fit_images(pictures, resolved, self.components), resolved)
 
     def generate(self, prompts: Prompts, images: np.ndarray, options: SamplingOptions) -> PipelineOutput:
         """The same for prompts that are encoded, images (b, y, x, 3) of the clip's size, and resolved options."""
@@ -58,10 +62,16 @@ class ImageToVideoPipeline(Pipeline):
         return PipelineOutput(format_frames(images), format_frames(frames), np.asarray(latents))
 
 
-def as_images(image: ImageLike | Sequence[ImageLike], count: int, options: SamplingOptions) -> np.ndarray:
-    """One image, or `count` of them (a list, or an array with a batch axis) -> (count, y, x, 3) of the clip's size."""
+def as_pictures(image: ImageLike | Sequence[ImageLike], count: int) -> list[np.ndarray]:
+    """One image, or `count` of them (a list, or an array with a batch axis) -> `count` arrays (y, x, 3) of any size."""
     several = isinstance(image, list | tuple) or (isinstance(image, np.ndarray) and image.ndim == 4)
-    images = [fit_image(read_image(i), options.height, options.width) for i in (image if several else [image])]
-    if len(images) not in (1, count):
-        raise UserError(f"{len(images)} images for {count} prompts; give one, or one each")
-    return np.stack(images * (count // len(images)))
+    pictures = [read_image(i) for i in (image if several else [image])]
+    if len(pictures) not in (1, count):
+        raise UserError(f"{len(pictures)} images for {count} prompts; give one, or one each")
+    return pictures * (count // len(pictures))
+
+
+def fit_images(pictures: Sequence[np.ndarray], options: SamplingOptions, components: Components) -> np.ndarray:
+    """Pictures (y, x, 3) of any size -> (b, y, x, 3) of the clip's size."""
+    fit = components.sampling.image_fit
+    return np.stack([fit_image(picture, options.height, options.width, fit=fit) for picture in pictures])

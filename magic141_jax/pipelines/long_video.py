@@ -4,6 +4,8 @@
     window w   known: k latent frames, the last 4(k-1)+1 pixel      emits the t - (4(k-1)+1) frames that are new
                frames of window w - 1, encoded anew
 
+(less what is dropped from the start of every window where the weights ask for it, `SamplingSettings.dropped_frames`).
+
 The known latents of a window are encoded from pixels, not carried over: in a causal VAE the first latent frame
 stands for one pixel frame and every other for four, so a latent from the middle of a clip is not a valid first one.
 The first image's tokens stay before the text of every window, as an anchor against drift; a little noise on what the
@@ -22,7 +24,7 @@ import numpy as np
 
 from magic141_jax.errors import UserError
 from magic141_jax.pipelines.engine import Prompts
-from magic141_jax.pipelines.image_to_video import FIRST_WINDOW, as_images
+from magic141_jax.pipelines.image_to_video import FIRST_WINDOW, as_pictures, fit_images
 from magic141_jax.pipelines.media import ImageLike
 from magic141_jax.pipelines.options import SamplingOptions, as_prompts, resolve
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
@@ -69,12 +71,28 @@ def stream_video(
     resolved = resolve(options, pipeline.components)
     if resolved.latents is not None:
         raise UserError("a long video draws its own noise; leave out latents")
-    images = None if image is None else as_images(image, 1, resolved)
-    encoded = pipeline.engine.encode_text([prompt], resolved)
-    if images is None:
-        one_frame = dataclasses.replace(resolved, num_frames=1, output_type="np")
-        images = pipeline.text_to_image.generate(encoded, one_frame).images
+    if pipeline.components.transformer.network.config.known == "none":
+        return _from_text_alone(pipeline, prompt, resolved, total_frames, image)
+    if image is None:
+        encoded, images = pipeline.first_images([prompt], options, dataclasses.replace(resolved, output_type="np"))
+    else:
+        pictures = as_pictures(image, 1)
+        images = fit_images(pictures, resolved, pipeline.components)
+        encoded = pipeline.engine.encode_text([prompt], resolved, images=pictures)
     return VideoStream(images[0], _windows(pipeline, encoded, images, resolved, total_frames))
+
+
+def _from_text_alone(
+    pipeline: TextToVideoPipeline, prompt: str, options: SamplingOptions, total: int, image: ImageLike | None
+) -> VideoStream:
+    """One window of a network that knows of no earlier frames."""
+    if image is not None or total > options.num_frames:
+        raise UserError(
+            f"these weights make clips of {options.num_frames} frames from text alone; "
+            "to animate an image or for a longer video take image-to-video weights"
+        )
+    frames = pipeline.direct([prompt], dataclasses.replace(options, output_type="np")).frames[0, :total]
+    return VideoStream(frames[0], iter([frames]))
 
 
 def overlap_frames(options: SamplingOptions, factor: int) -> int:
@@ -110,17 +128,19 @@ def _windows(
     """Yields new frames (n, y, x, 3), `total` in all."""
     engine = pipeline.engine
     overlap = overlap_frames(options, pipeline.components.vae.network.config.temporal_factor)
+    dropped = pipeline.components.sampling.dropped_frames
+    window_frames, seen_before = options.num_frames - dropped, max(overlap - dropped, 0)
     cond, negative = engine.condition(prompts, options, images=images)
     reference = None
     emitted = 0
-    for window in range(count_windows(total, options.num_frames, overlap)):
+    for window in range(count_windows(total, window_frames, seen_before)):
         history = options.history_noise if window else 0.0
         latents = engine.denoise(cond, negative, options, purpose=FIRST_WINDOW + window, history_noise=history)
         frames = engine.decode(latents)
         if options.match_colors:
             reference = frames if reference is None else reference
             frames = match_colors(frames, reference, options.match_colors)
-        new = np.asarray(frames[0, overlap if window else 0 :])[: total - emitted]
+        new = np.asarray(frames[0, seen_before if window else 0 :])[: total - emitted]
         emitted += len(new)
         yield new
         if emitted < total:

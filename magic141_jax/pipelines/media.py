@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import av
 import numpy as np
@@ -31,6 +31,8 @@ MAX_HELD_FRAMES = 2000  # gif and webp are assembled in memory
 EXIF_DESCRIPTION = 0x010E
 BT709 = 1  # FFmpeg's number for the matrix, the primaries and the transfer curve
 ImageLike = str | Path | Image.Image | np.ndarray
+Fit = Literal["cover", "stretch"]
+_FITS = {"cover": ImageOps.fit, "stretch": Image.Image.resize}
 
 
 class Sink(Protocol):
@@ -233,12 +235,14 @@ def read_image(image: ImageLike) -> np.ndarray:
         raise UserError(f"can't read the image {path}: {error}; give a png, jpg or webp") from None
 
 
-def fit_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes (y, x, 3) to cover height x width and crops the centre; an image of that size is returned as it is."""
+def fit_image(image: np.ndarray, height: int, width: int, *, fit: Fit = "cover") -> np.ndarray:
+    """Resizes (y, x, 3) to height x width; an image of that size is returned as it is.
+
+    "cover" keeps the proportions and crops the centre, "stretch" does neither.
+    """
     if image.shape[:2] == (height, width):
         return image
-    fitted = ImageOps.fit(to_pil(image), (width, height), Image.Resampling.LANCZOS)
-    return np.asarray(fitted, np.float32) / 255
+    return np.asarray(_FITS[fit](to_pil(image), (width, height), Image.Resampling.LANCZOS), np.float32) / 255
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from magic141_jax import settings
 from magic141_jax.diffusion.samplers import Sampler
+from magic141_jax.diffusion.timesteps import dynamic_shift
 from magic141_jax.errors import UserError
 from magic141_jax.models.vae import latent_frames
 from magic141_jax.pipelines import media
@@ -95,6 +96,9 @@ def resolve(options: Mapping[str, Any], components: Components, *, frames: int |
     names = [f.name for f in dataclasses.fields(SamplingOptions)]
     unset = {k: defaults[k] for k in names if getattr(made, k) is None and k in defaults}
     made = dataclasses.replace(made, **unset)
+    dynamic = components.sampling.dynamic_shift
+    if dynamic is not None and "shift" in unset:
+        made = dataclasses.replace(made, shift=dynamic_shift(_image_tokens(made, components), **dynamic))
     _check_ranges(made)
     check_size(made.height, made.width, cell=size_cell(components))
     window = latent_frames(made.num_frames, components.vae.network.config.temporal_factor)
@@ -107,7 +111,15 @@ def size_cell(components: Components) -> int:
     """The number of pixels by which both sides must divide: for the VAE, the patches and the image tokens."""
     patch = components.transformer.network.config.patch
     latent = components.vae.network.config.spatial_factor
-    return math.lcm(latent * patch[1], latent * patch[2], 2 * components.image_encoder.network.config.patch)
+    encoder = components.image_encoder
+    return math.lcm(latent * patch[1], latent * patch[2], 2 * encoder.network.config.patch if encoder else 1)
+
+
+def _image_tokens(options: SamplingOptions, components: Components) -> int:
+    """Tokens of one latent frame."""
+    _, rows, columns = components.transformer.network.config.patch
+    factor = components.vae.network.config.spatial_factor
+    return (options.height // (factor * rows)) * (options.width // (factor * columns))
 
 
 def check_size(height: int, width: int, *, cell: int) -> None:

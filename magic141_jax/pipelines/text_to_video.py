@@ -1,18 +1,26 @@
 """Text to video in two steps, the idea of Magic 1-For-1 (arXiv 2502.07701, section 3): text to image, image to video.
 
-The image is decoded once, for the result and for its tokens; the text is encoded once, for both steps.
+Both steps may share one set of weights, or the image may come from another one (FLUX, or HunyuanVideo itself with one
+frame). The image is decoded once, for the result and for its tokens; the text is encoded once where both steps read it
+alike. Weights that know of no first image (HunyuanVideo's text-to-video network) make the clip from the text alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from magic141_jax.pipelines.engine import Engine
-from magic141_jax.pipelines.image_to_video import ImageToVideoPipeline
-from magic141_jax.pipelines.options import FORMATTERS, PipelineOutput, as_prompts, resolve
+import numpy as np
+
+from magic141_jax.errors import UserError
+from magic141_jax.pipelines.engine import Engine, Prompts
+from magic141_jax.pipelines.image_to_video import FIRST_WINDOW, ImageToVideoPipeline
+from magic141_jax.pipelines.options import FORMATTERS, PipelineOutput, SamplingOptions, as_prompts, resolve
 from magic141_jax.pipelines.text_to_image import Pipeline, TextToImagePipeline
+
+SHARED = ("height", "width", "negative_prompt", "seed")  # options that hold for another network's image as well
 
 
 class TextToVideoPipeline(Pipeline):
@@ -21,10 +29,19 @@ class TextToVideoPipeline(Pipeline):
     >>> TextToVideoPipeline.from_pretrained()("a shark moves left on a yellow background", seed=0).frames[0]
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, image_engine: Engine | None = None) -> None:
         super().__init__(engine)
-        self.text_to_image = TextToImagePipeline(engine)
+        self.text_to_image = TextToImagePipeline(image_engine or engine)
         self.image_to_video = ImageToVideoPipeline(engine)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, image_weights: str | Path | None = None, **kwargs: Any):
+        """As `Pipeline.from_pretrained`; the image is made by `image_weights` where given, a folder or Hub id."""
+        made = super().from_pretrained(*args, **kwargs)
+        if image_weights is None:
+            return made
+        kwargs = {name: value for name, value in kwargs.items() if name in ("dtype", "mesh")}
+        return cls(made.engine, TextToImagePipeline.from_pretrained(image_weights, **kwargs).engine)
 
     def __call__(self, prompt: str | Sequence[str], **options: Any) -> PipelineOutput:
         """Makes a clip for each prompt.
@@ -41,10 +58,40 @@ class TextToVideoPipeline(Pipeline):
         """
         prompts = as_prompts(prompt)
         resolved = resolve(options, self.components)
-        encoded = self.engine.encode_text(prompts, resolved)
-        one_frame = dataclasses.replace(resolved, num_frames=1, output_type="np", latents=None)
-        images = self.text_to_image.generate(encoded, one_frame).images
+        if self.components.transformer.network.config.known == "none":
+            return self.direct(prompts, resolved)
+        encoded, images = self.first_images(prompts, options, resolved)
         made = self.image_to_video.generate(encoded, images, resolved)
         if resolved.output_type == "latent":
             return made
         return dataclasses.replace(made, images=FORMATTERS[resolved.output_type](images))
+
+    def first_images(
+        self, prompts: Sequence[str], options: Mapping[str, Any], resolved: SamplingOptions
+    ) -> tuple[Prompts, np.ndarray]:
+        """Makes the first images (b, y, x, 3), and encodes the prompts for animating them."""
+        image_engine = self.text_to_image.engine
+        alone = image_engine is self.engine
+        if alone and self.components.text_encoder.image_tokens:
+            raise UserError(
+                "these weights animate a picture: give an image, or image_weights to make one from the text"
+            )
+        if alone:
+            one_frame = dataclasses.replace(resolved, num_frames=1, output_type="np", latents=None)
+        else:
+            shared = {name: options[name] for name in SHARED if name in options}
+            shared |= {"height": resolved.height, "width": resolved.width}
+            one_frame = resolve(shared, image_engine.components, frames=1)
+        encoded = image_engine.encode_text(prompts, one_frame)
+        images = self.text_to_image.generate(encoded, one_frame).images
+        return encoded if alone else self.engine.encode_text(prompts, resolved, images=list(images)), images
+
+    def direct(self, prompts: Sequence[str], options: SamplingOptions) -> PipelineOutput:
+        """Clips from the text alone, of a network that knows of no first image; `images` are their first frames."""
+        cond, negative = self.engine.condition(self.engine.encode_text(prompts, options), options)
+        latents = self.engine.denoise(cond, negative, options, purpose=FIRST_WINDOW)
+        if options.output_type == "latent":
+            return PipelineOutput(latents=np.asarray(latents))
+        frames = np.asarray(self.engine.decode(latents))
+        form = FORMATTERS[options.output_type]
+        return PipelineOutput(form(frames[:, 0]), form(frames), np.asarray(latents))

@@ -3,14 +3,14 @@
 import json
 import shutil
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import pytest
 
+from magic141_jax.convert import hub, memory
 from magic141_jax.errors import UserError
 from magic141_jax.pipelines import components
-from magic141_jax.pipelines.components import enable_compilation_cache, find_folder, load_components
+from magic141_jax.pipelines.components import enable_compilation_cache, find_folder, load_components, load_model
 from magic141_jax.sharding import MeshConfig, make_mesh
 
 
@@ -50,18 +50,14 @@ def test_bad_index(weights_folder, tmp_path):
 def test_find_folder(weights_folder, tmp_path, monkeypatch):
     asked = []
 
-    def download(name, **kwargs):
-        asked.append((name, kwargs["revision"]))
-        if name == "nobody/nothing":
-            raise OSError("couldn't connect\nsecond line")
-        return str(weights_folder)
+    def fetch(name, revision):
+        asked.append((name, revision))
+        return weights_folder
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(hub, "fetch", fetch)
     assert find_folder(weights_folder) == weights_folder
     assert find_folder("owner/name", "v1") == weights_folder
-    with pytest.raises(UserError, match=r"couldn't connect$"):
-        find_folder("nobody/nothing")
-    assert asked == [("owner/name", "v1"), ("nobody/nothing", None)]
+    assert asked == [("owner/name", "v1")]
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").mkdir()
@@ -71,7 +67,7 @@ def test_find_folder(weights_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(components, "DEFAULT_FOLDER", tmp_path / "none")
     with pytest.raises(UserError, match="no embedded weights"):
         find_folder("default")
-    assert len(asked) == 2
+    assert len(asked) == 1
 
 
 def test_compilation_cache(tmp_path, monkeypatch):
@@ -101,3 +97,22 @@ def test_parameters_are_laid_over_a_mesh(weights_folder):
     made = load_components(weights_folder, mesh=mesh)
     assert all(x.sharding.mesh == mesh for x in jax.tree.leaves(made.transformer.params))
     assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(made.transformer.params))
+
+
+def test_memory_is_checked_before_weights_are_read(weights_folder, monkeypatch):
+    monkeypatch.setattr(memory, "memory_free", lambda device: 1000)
+    monkeypatch.setattr(components.weights, "load", None)
+    with pytest.raises(
+        UserError, match=r"transformer need .* in float32 on each of 1 devices, which have 1\.0 kB free"
+    ):
+        load_components(weights_folder)
+
+
+def test_published_components_are_told_by_their_config(tmp_path, monkeypatch):
+    monkeypatch.setattr(components.repository, "load", lambda folder, **options: (folder, options))
+    for theirs in ({"_class_name": "X"}, {"architectures": ["X"], "model_type": "x"}):
+        (tmp_path / "config.json").write_text(json.dumps(theirs))
+        assert load_model(tmp_path, overrides={"length": 3}) == (tmp_path, {"mesh": None, "length": 3})
+    (tmp_path / "config.json").write_text(json.dumps({"model": "y", "_class_name": "X"}))
+    with pytest.raises(UserError, match="names the model 'y'"):
+        load_model(tmp_path)

@@ -1,0 +1,194 @@
+"""Published pipeline folders: every step's latents and the frames are those of diffusers' pipelines; and misuse."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from magic141_jax.errors import UserError
+from magic141_jax.pipelines import ImageToVideoPipeline, TextToImagePipeline, TextToVideoPipeline, stream_video
+from tests import published_pipelines
+from tests.published_text import PROMPTS
+
+SIZE = {"height": 32, "width": 48, "num_inference_steps": 3}
+STEP_TOLERANCE, FRAME_TOLERANCE = 1e-5, 1e-4
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory):
+    """variant, sizes -> (folder, diffusers' pipeline), made once each."""
+    pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    made = {}
+
+    def repository(variant, **sizes):
+        key = (variant, *sorted(sizes.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("published") / variant
+            made[key] = folder, published_pipelines.write(folder, variant, **sizes)
+        return made[key]
+
+    return repository
+
+
+def noise(batch, frames):
+    shape = (batch, frames, SIZE["height"] // 8, SIZE["width"] // 8, 16)
+    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
+def picture():
+    pixels = np.random.default_rng(2).integers(0, 256, (41, 77, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((154, 82), Image.Resampling.BICUBIC)
+
+
+def run_theirs(pipeline, latents, **options):
+    """Their frames (b, t, y, x, 3), and latents (b, f, h, w, c) after each step."""
+    import torch
+
+    steps = []
+
+    def keep(pipe, step, time, state):
+        steps.append(state["latents"].numpy().copy())
+        return state
+
+    with torch.no_grad():
+        frames = pipeline(
+            latents=torch.tensor(latents), output_type="pt", callback_on_step_end=keep, return_dict=False, **options
+        )[0]
+    return frames.float().numpy(), steps
+
+
+def run_ours(pipeline, latents, prompt, **options):
+    """Our frames and the latents after each step."""
+    steps = {}
+    made = pipeline(prompt, latents=latents, callback=lambda i, t, x: steps.update({int(i): np.asarray(x)}), **options)
+    jax.effects_barrier()
+    return made, [steps[i] for i in sorted(steps)]
+
+
+def compare_steps(ours, theirs, first=0):
+    assert len(ours) == len(theirs) == SIZE["num_inference_steps"]
+    for have, want in zip(ours, theirs, strict=True):
+        want = np.moveaxis(want, 1, -1)
+        np.testing.assert_allclose(have[:, first:], want[:, first:], atol=STEP_TOLERANCE * max(1, abs(want).max()))
+
+
+CASES = {
+    "on channels": ("concat", {}, 9, 1.0),
+    "in place": ("replace", {"layers": (2, 1), "heads": 3}, 5, 6.0),
+    "deeper, frame tiles": ("concat", {"layers": (2, 3), "channels": (8, 16, 16, 16)}, 17, 1.0),
+}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("case", CASES)
+def test_image_to_video_is_diffusers(repositories, case):
+    variant, sizes, frames, guidance = CASES[case]
+    folder, theirs = repositories(variant, **sizes)
+    latents = noise(1, (frames - 1) // 4 + 1)
+    options = {**SIZE, "num_frames": frames, "guidance_scale": guidance}
+    want, want_steps = run_theirs(theirs, np.moveaxis(latents, -1, 1), prompt=PROMPTS[0], image=picture(), **options)
+    pipeline = ImageToVideoPipeline.from_pretrained(folder)
+    made, steps = run_ours(pipeline, latents, PROMPTS[0], image=picture(), **options)
+    compare_steps(steps, want_steps, first=variant == "replace")
+    np.testing.assert_allclose(made.frames, np.moveaxis(want, 2, -1), atol=FRAME_TOLERANCE)
+
+
+@pytest.mark.heavy
+def test_true_guidance_of_image_to_video_is_diffusers(repositories):
+    folder, theirs = repositories("concat")
+    latents = noise(1, 2)
+    options = {**SIZE, "num_frames": 5, "negative_prompt": PROMPTS[1]}
+    _, want_steps = run_theirs(
+        theirs, np.moveaxis(latents, -1, 1), prompt=PROMPTS[0], image=picture(), true_cfg_scale=3.0, **options
+    )
+    pipeline = ImageToVideoPipeline.from_pretrained(folder)
+    options |= {"image": picture(), "guidance_scale": 3.0}
+    compare_steps(run_ours(pipeline, latents, PROMPTS[0], **options)[1], want_steps)
+
+
+@pytest.mark.heavy
+def test_text_to_video_and_its_single_image_are_diffusers(repositories):
+    folder, theirs = repositories("text")
+    pipeline = TextToVideoPipeline.from_pretrained(folder)
+    for frames, run in ((5, pipeline), (1, TextToImagePipeline(pipeline.engine))):
+        latents = noise(2, (frames - 1) // 4 + 1)
+        options = {**SIZE, "guidance_scale": 5.0}
+        want, want_steps = run_theirs(
+            theirs, np.moveaxis(latents, -1, 1), prompt=PROMPTS[:2], num_frames=frames, **options
+        )
+        made, steps = run_ours(run, latents, PROMPTS[:2], num_frames=frames, **options)
+        compare_steps(steps, want_steps)
+        have = made.frames if frames > 1 else made.images[:, None]
+        np.testing.assert_allclose(have, np.moveaxis(want, 2, -1), atol=FRAME_TOLERANCE)
+
+
+def pack(latents):
+    """(b, 1, h, w, c) -> FLUX's tokens (b, h / 2 * w / 2, c * 4), channels first within a token."""
+    b, _, h, w, c = latents.shape
+    tokens = latents.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4)
+    return tokens.reshape(b, h * w // 4, c * 4)
+
+
+@pytest.mark.heavy
+def test_flux_is_diffusers(repositories):
+    folder, theirs = repositories("flux")
+    latents, options = noise(2, 1), {**SIZE, "guidance_scale": 3.5}
+    want, want_steps = run_theirs(theirs, pack(latents), prompt=PROMPTS[:2], **options)
+    made, steps = run_ours(TextToImagePipeline.from_pretrained(folder), latents, PROMPTS[:2], **options)
+    for have, expected in zip(steps, want_steps, strict=True):
+        np.testing.assert_allclose(pack(have), expected, atol=STEP_TOLERANCE * abs(expected).max())
+    np.testing.assert_allclose(made.images, np.moveaxis(want, 1, -1), atol=FRAME_TOLERANCE)
+
+
+@pytest.mark.heavy
+def test_an_image_of_one_repository_is_animated_by_another(repositories):
+    videos, images = repositories("concat")[0], repositories("flux")[0]
+    pipeline = TextToVideoPipeline.from_pretrained(videos, image_weights=images)
+    options = {**SIZE, "num_frames": 5}
+    made = pipeline(PROMPTS[0], **options)
+    alone = pipeline.text_to_image(PROMPTS[0], height=32, width=48)
+    np.testing.assert_allclose(made.images, alone.images, atol=1e-6)
+    animated = pipeline.image_to_video(PROMPTS[0], image=made.images[0], **options)
+    np.testing.assert_allclose(made.frames, animated.frames, atol=1e-4)
+    assert made.frames.shape == (1, 1, 32, 48, 3), "the first 4 of 5 frames are dropped"
+    stream = stream_video(pipeline, PROMPTS[0], image=picture(), total_frames=3, **options)
+    assert [len(frames) for frames in stream] == [1, 1, 1]
+
+
+def test_weights_say_what_they_cannot_do(repositories):
+    pipeline = TextToVideoPipeline.from_pretrained(repositories("concat")[0])
+    with pytest.raises(UserError, match="animate a picture"):
+        pipeline(PROMPTS[0], **SIZE, num_frames=5)
+    with pytest.raises(UserError, match="picture"):
+        TextToImagePipeline(pipeline.engine)(PROMPTS[0], **SIZE)
+    texts = TextToVideoPipeline.from_pretrained(repositories("text")[0])
+    with pytest.raises(UserError, match="text alone"):
+        stream_video(texts, PROMPTS[0], image=picture(), total_frames=9, **SIZE, num_frames=5)
+    with pytest.raises(UserError, match="no first image"):
+        ImageToVideoPipeline(texts.engine)(PROMPTS[0], image=picture(), **SIZE, num_frames=5)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("model_index.json", {"_class_name": "HunyuanVideoPipelin"}, "Did you mean 'HunyuanVideoPipeline'"),
+        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas"),
+        ("transformer/config.json", {"num_layers": 7}, "transformer"),
+        ("scheduler/scheduler_config.json", None, "scheduler_config.json"),
+        ("tokenizer/tokenizer.json", None, "tokenizer.json"),
+    ],
+)
+def test_a_damaged_folder_is_named(repositories, tmp_path, file, change, message):
+    folder = tmp_path / "damaged"
+    shutil.copytree(repositories("text")[0], folder)
+    if change is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    with pytest.raises(UserError, match=message) as caught:
+        TextToVideoPipeline.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
