@@ -56,7 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         image = None if args.image is None else media.read_image(args.image)
         mesh = None if args.fsdp is None else make_mesh(MeshConfig(fsdp=args.fsdp))
         pipeline = TextToVideoPipeline.from_pretrained(
-            args.weights, image_weights=args.image_weights, dtype=args.dtype, revision=args.revision, mesh=mesh
+            args.weights,
+            image_weights=args.image_weights,
+            dtype=args.dtype,
+            revision=args.revision,
+            mesh=mesh,
+            lora=args.lora,
+            lora_scale=args.lora_scale,
         )
         options = sampling_options(args)
         resolved = resolve(options, pipeline.components)
@@ -93,6 +99,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--weights", default=DEFAULT, help='a weights folder, ours or in diffusers\' layout, a Hub id, or "default"')
     add("--image_weights", help="other weights that make the first image, such as FLUX; a folder or a Hub id")
     add("--revision", help="branch, tag or commit of --weights on the Hub")
+    add("--lora", type=Path, help="a safetensors file of adapters for the transformer, in PEFT's naming")
+    add("--lora_scale", type=float, default=1.0, help="how strongly the adapters count")
     add("--dtype", choices=("float32", "bfloat16"), help="of the large networks; by default bfloat16 but on a CPU")
     add("--fsdp", type=int, help="over how many devices each weight is split; one device has all unless given")
     add("--output", type=Path, default=Path("out.mp4"), help=", ".join(media.FORMATS))

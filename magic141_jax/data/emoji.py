@@ -196,9 +196,9 @@ def draw_scene(
 ) -> Scene:
     """Draws a scene: a poster for images; for videos a poster, of any motion, or any place, size and moment.
 
-    A poster stands on either side of the middle on an axis along which it won't move. Its places are whole
-    patches of the transformer apart: tokens then look the same wherever it stands, so where a subject is and what it
-    looks like are learned apart, which makes text to image learnable in minutes. A video that starts from a poster takes its own
+    A poster stands on either side of the middle on an axis along which it won't move. Its places are whole patches of
+    the transformer apart: tokens then look the same wherever it stands, so where a subject is and what it looks like
+    are learned apart, which makes text to image learnable in minutes. A video that starts from a poster takes its own
     motion independently of the poster's, so nothing leaks.
     """
     subject = int(rng.choice(subjects))

@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 
 from magic141_jax import settings, sharding, weights
-from magic141_jax.convert import hub, repository
+from magic141_jax.convert import flux_dit, hub, hunyuan_dit, repository
+from magic141_jax.convert import lora as lora_lib
 from magic141_jax.convert.memory import require_memory
 from magic141_jax.diffusion.samplers import Sampler
 from magic141_jax.errors import UserError, nearest
@@ -118,6 +119,8 @@ def load_components(
     dtype: Dtype | None = None,
     mesh: jax.sharding.Mesh | None = None,
     revision: str | None = None,
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
 ) -> Components:
     """Reads a weights folder.
 
@@ -127,6 +130,7 @@ def load_components(
         other networks compute in float32: they are a small part of the cost.
       mesh: devices over which the parameters are laid (see `magic141_jax.sharding`).
       revision: branch, tag or commit on the Hub.
+      lora: a safetensors file in PEFT's naming whose adapters are added to the transformer, `lora_scale` times.
 
     Raises:
       UserError: no such folder or repository; a file missing, damaged or truncated; weights that do not fit their
@@ -138,7 +142,8 @@ def load_components(
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}; float32 and bfloat16 are known")
     if published.is_published(index):
-        return _published_components(folder, index, dtype=dtype, mesh=mesh)
+        made = _published_components(folder, index, dtype=dtype, mesh=mesh)
+        return made if lora is None else _with_lora(made, Path(lora), lora_scale)
     if index.get("format") != 1:
         raise UserError(f"{folder / 'model_index.json'} has format {index.get('format')!r}; this version reads 1")
     sampling = settings.build(SamplingSettings, index.get("sampling", {}), where="model_index.sampling")
@@ -148,7 +153,18 @@ def load_components(
     }
     kind = weights.read_json(folder / "text_encoder" / "config.json").get("model")
     text_encoder = _pick(TEXT_ENCODERS, kind, folder / "text_encoder")(folder / "text_encoder")
-    return Components(folder=folder, text_encoder=text_encoder, sampling=sampling, mesh=mesh, **models)
+    made = Components(folder=folder, text_encoder=text_encoder, sampling=sampling, mesh=mesh, **models)
+    return made if lora is None else _with_lora(made, Path(lora), lora_scale)
+
+
+def _with_lora(components: Components, file: Path, scale: float) -> Components:
+    """The same with the adapters of a file merged into the transformer."""
+    network, params = components.transformer
+    layout = hunyuan_dit if network.config.refiner_blocks else flux_dit
+    adapters = lora_lib.load(file, layout.table(network.config), network.abstract_params)
+    where = jax.tree.map(lambda leaf: leaf.sharding, params)
+    merged = jax.jit(lora_lib.merge, donate_argnums=0, out_shardings=where)(params, adapters, scale)
+    return dataclasses.replace(components, transformer=Model(network, merged))
 
 
 def _published_components(

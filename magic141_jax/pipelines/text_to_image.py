@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from magic141_jax.pipelines.components import DEFAULT, Components, Dtype, enable_compilation_cache, load_components
+from magic141_jax.pipelines.components import DEFAULT, Components, enable_compilation_cache, load_components
 from magic141_jax.pipelines.engine import IMAGE_PURPOSE, Engine, Prompts
 from magic141_jax.pipelines.options import FORMATTERS, PipelineOutput, SamplingOptions, as_prompts, resolve
 
@@ -21,20 +20,13 @@ class Pipeline:
         self.engine = engine
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path_or_hub_id: str | Path = DEFAULT,
-        *,
-        dtype: Dtype | None = None,
-        mesh: jax.sharding.Mesh | None = None,
-        revision: str | None = None,
-    ):
-        """A pipeline from a weights folder, "default" or a Hub id; see `components.load_components`.
+    def from_pretrained(cls, path_or_hub_id: str | Path = DEFAULT, **options: Any):
+        """A pipeline from a weights folder, "default" or a Hub id, with the options of `components.load_components`.
 
         Also switches JAX's persistent compilation cache on; see `components.enable_compilation_cache`.
         """
         enable_compilation_cache()
-        return cls(Engine(load_components(path_or_hub_id, dtype=dtype, mesh=mesh, revision=revision)))
+        return cls(Engine(load_components(path_or_hub_id, **options)))
 
     @property
     def components(self) -> Components:

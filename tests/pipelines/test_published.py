@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from magic141_jax.errors import UserError
 from magic141_jax.pipelines import ImageToVideoPipeline, TextToImagePipeline, TextToVideoPipeline, stream_video
+from magic141_jax.pytree import flatten
 from tests import published_pipelines
 from tests.published_text import PROMPTS
 
@@ -157,6 +159,28 @@ def test_an_image_of_one_repository_is_animated_by_another(repositories):
     assert made.frames.shape == (1, 1, 32, 48, 3), "the first 4 of 5 frames are dropped"
     stream = stream_video(pipeline, PROMPTS[0], image=picture(), total_frames=3, **options)
     assert [len(frames) for frames in stream] == [1, 1, 1]
+
+
+def test_a_lora_is_merged_on_loading(repositories, tmp_path):
+    folder = repositories("text")[0]
+    plain = TextToVideoPipeline.from_pretrained(folder)
+    network, params = plain.components.transformer
+    name, rng = "transformer_blocks.0.attn.to_v", np.random.default_rng(0)
+    a, b = rng.normal(size=(2, network.config.width)), rng.normal(size=(network.config.width, 2))
+    tensors = {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
+    file = tmp_path / "lora.safetensors"
+    save_file({key: value.astype(np.float32) for key, value in tensors.items()}, file)
+    merged = TextToVideoPipeline.from_pretrained(folder, lora=file, lora_scale=0.5).components.transformer.params
+    changed = [path for path, leaf in flatten(merged).items() if not np.array_equal(leaf, flatten(params)[path])]
+    assert changed == ["double_blocks.video.qkv.kernel"]
+    config, path = network.config, changed[0]
+    shape = (config.width, config.heads, 3, config.head_width)
+    added = np.asarray(flatten(merged)[path][0] - flatten(params)[path][0]).reshape(shape)
+    np.testing.assert_allclose(added[:, :, 2].reshape(config.width, -1), 0.5 * (b @ a).T, atol=1e-5)
+    assert not added[:, :, :2].any()
+    with pytest.raises(UserError, match="no linear layer is called nonsense"):
+        save_file({"transformer.nonsense.lora_A.weight": a, "transformer.nonsense.lora_B.weight": b}, file)
+        TextToVideoPipeline.from_pretrained(folder, lora=file)
 
 
 def test_weights_say_what_they_cannot_do(repositories):
