@@ -94,6 +94,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--duration", type=float, help="seconds of video; one window unless given")
     add("--steps", type=int, help="sampling steps; as the weights were made for unless given, as below")
     add("--guidance", type=float, help="guidance scale; 1 is none, and twice as fast")
+    add("--num_frames", type=int, help="frames of a clip, or of a window of a longer video: 4k + 1")
     add("--size", help="64, or WIDTHxHEIGHT, in pixels")
     add("--seed", type=int, default=0, help="video i of --num_videos has seed + i")
     add("--weights", default=DEFAULT, help='a weights folder, ours or in diffusers\' layout, a Hub id, or "default"')
@@ -134,6 +135,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance,
         "seed": args.seed,
+        "num_frames": args.num_frames,
     }
     if args.size is not None:
         sides = args.size.lower().split("x")

@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import av
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+import sample
 from magic141_jax.errors import UserError
 from magic141_jax.pipelines import ImageToVideoPipeline, TextToImagePipeline, TextToVideoPipeline, stream_video
 from magic141_jax.pytree import flatten
@@ -181,6 +183,19 @@ def test_a_lora_is_merged_on_loading(repositories, tmp_path):
     with pytest.raises(UserError, match="no linear layer is called nonsense"):
         save_file({"transformer.nonsense.lora_A.weight": a, "transformer.nonsense.lora_B.weight": b}, file)
         TextToVideoPipeline.from_pretrained(folder, lora=file)
+
+
+@pytest.mark.heavy
+def test_the_command_line_animates_a_picture_with_published_weights(repositories, tmp_path):
+    photo, out = tmp_path / "photo.png", tmp_path / "out.mp4"
+    picture().save(photo)
+    flags = ["--prompt", PROMPTS[0], "--image", str(photo), "--size", "48x32", "--num_frames", "9", "--steps", "2"]
+    assert sample.main([*flags, "--weights", str(repositories("concat")[0]), "--fsdp", "2", "--output", str(out)]) == 0
+    about = json.loads(out.with_suffix(".json").read_text())
+    assert (about["frames"], about["upscale"]) == (5, 5)
+    with av.open(str(out)) as video:
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    assert len(frames) == 5 and frames[0].shape == (160, 240, 3)
 
 
 def test_weights_say_what_they_cannot_do(repositories):
