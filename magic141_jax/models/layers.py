@@ -25,6 +25,7 @@ from magic141_jax.errors import UserError
 from magic141_jax.shapes import Latents, Times
 
 EPSILON = 1e-6
+MAX_SCORES = 2**28  # of the chunked attention at a time: 1 GB in float32
 MASKED = -1e30  # finite, so a row of masked keys gives a mean instead of NaN
 
 Initializer = Callable[..., jax.Array]
@@ -184,7 +185,30 @@ def _attention_jax(q: Array, k: Array, v: Array, mask: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
 
 
-ATTENTION: dict[str, Callable[[Array, Array, Array, Array], Array]] = {"xla": _attention_xla, "jax": _attention_jax}
+def _attention_chunked(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """The same for one group of queries after another, as many as `MAX_SCORES` allows: exact, in bounded memory."""
+    b, i, n, _ = q.shape
+    size = max(1, MAX_SCORES // (b * n * k.shape[1]))
+    if size >= i:
+        return _attention_xla(q, k, v, mask)
+    count = -(-i // size)
+    mask = jnp.broadcast_to(mask, (b, mask.shape[1] if mask.shape[1] == 1 else i, k.shape[1]))
+
+    def chunks(x: Array) -> Array:
+        if x.shape[1] == 1:
+            return jnp.broadcast_to(x[None], (count, *x.shape))
+        x = jnp.pad(x, ((0, 0), (0, count * size - i), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(b, count, size, *x.shape[2:]).swapaxes(0, 1)
+
+    out = jax.lax.map(lambda part: _attention_xla(part[0], k, v, part[1]), (chunks(q), chunks(mask)))
+    return out.swapaxes(0, 1).reshape(b, count * size, *out.shape[3:])[:, :i]
+
+
+ATTENTION: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
+    "xla": _attention_xla,
+    "jax": _attention_jax,
+    "chunked": _attention_chunked,
+}
 
 
 def attention(

@@ -66,6 +66,7 @@ class MMDiTConfig:
         steps; in a short run they would stay shut, and a fraction lets every block work from the first step.
       remat: what the backward pass recomputes in each block: nothing, all of it, or all but matrix products.
       compute_dtype: dtype of activations; parameters stay as given.
+      attention: see `layers.ATTENTION`.
     """
 
     in_channels: int = 33
@@ -91,7 +92,7 @@ class MMDiTConfig:
     gate_start: float = 0.0
     remat: Literal["none", "full", "dots"] = "none"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["xla", "jax"] = "xla"
+    attention: Literal["xla", "jax", "chunked"] = "xla"
 
     def __post_init__(self):
         if sum(self.rope_axes) != self.head_width or any(a % 2 for a in self.rope_axes):
@@ -110,7 +111,7 @@ class MMDiTConfig:
 
 def hunyuan_13b() -> MMDiTConfig:
     """The published image-to-video network (12.8 B parameters)."""
-    return MMDiTConfig(remat="full", compute_dtype="bfloat16", attention="jax")
+    return MMDiTConfig(remat="full", compute_dtype="bfloat16", attention="chunked")
 
 
 def flux_12b() -> MMDiTConfig:

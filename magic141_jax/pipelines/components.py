@@ -172,7 +172,8 @@ def _published_components(
 ) -> Components:
     """The parts of a pipeline folder in diffusers' layout; all but the VAE compute in `dtype`."""
     load = functools.partial(load_model, overrides={"compute_dtype": dtype}, mesh=mesh)
-    transformer = load(folder / "transformer")
+    run_time = {"compute_dtype": dtype, "attention": "chunked"}  # a video's scores are too many to have at once
+    transformer = load_model(folder / "transformer", overrides=run_time, mesh=mesh)
     text_encoder, sampling = published.read(folder, index, transformer.network.config, load)
     return Components(
         folder=folder,

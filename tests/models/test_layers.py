@@ -49,7 +49,8 @@ def test_absolute_positions_tell_tokens_apart():
 
 
 @pytest.mark.parametrize("backend", layers.ATTENTION)
-def test_attention_is_the_masked_softmax_average(backend):
+def test_attention_is_the_masked_softmax_average(backend, monkeypatch):
+    monkeypatch.setattr(layers, "MAX_SCORES", 80)  # 4 queries at a time, the last time 1
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, 2, 5, 2, 8)).astype(np.float32)
     mask = np.array([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]], bool)
@@ -62,7 +63,8 @@ def test_attention_is_the_masked_softmax_average(backend):
 
 
 @pytest.mark.parametrize("backend", layers.ATTENTION)
-def test_each_query_sees_what_its_own_mask_says_and_heads_in_a_row_share_keys(backend):
+def test_each_query_sees_what_its_own_mask_says_and_heads_in_a_row_share_keys(backend, monkeypatch):
+    monkeypatch.setattr(layers, "MAX_SCORES", 80)  # 2 queries at a time, the last time 1
     rng = np.random.default_rng(0)
     q = rng.standard_normal((2, 5, 4, 8)).astype(np.float32)
     k, v = rng.standard_normal((2, 2, 5, 2, 8)).astype(np.float32)
@@ -74,6 +76,21 @@ def test_each_query_sees_what_its_own_mask_says_and_heads_in_a_row_share_keys(ba
         assert np.flatnonzero(mask[b, i]).tolist() == seen
         scores = np.exp(q[b, i, n] @ k[b, seen, n // 2].T / np.sqrt(8))
         np.testing.assert_allclose(got[b, i, 8 * n : 8 * n + 8], scores / scores.sum() @ v[b, seen, n // 2], atol=1e-5)
+
+
+def test_chunks_bound_the_memory_of_attention():
+    q = jax.ShapeDtypeStruct((1, 4096, 8, 16), jnp.float32)
+    mask = jax.ShapeDtypeStruct((1, 1, 4096), jnp.bool_)
+
+    def temporary(backend, scores):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layers, "MAX_SCORES", scores)
+            compiled = jax.jit(layers.ATTENTION[backend]).lower(q, q, q, mask).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    whole = 8 * 4096**2 * 4
+    assert temporary("xla", 0) >= whole
+    assert temporary("chunked", 8 * 4096 * 64) < whole / 8
 
 
 def test_patches_round_trip_and_keep_neighbours_together():
