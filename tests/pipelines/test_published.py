@@ -1,5 +1,6 @@
 """Published pipeline folders: every step's latents and the frames are those of diffusers' pipelines; and misuse."""
 
+import copy
 import json
 import shutil
 
@@ -55,7 +56,7 @@ def run_theirs(pipeline, latents, **options):
     steps = []
 
     def keep(pipe, step, time, state):
-        steps.append(state["latents"].numpy().copy())
+        steps.append(state["latents"].float().numpy().copy())
         return state
 
     with torch.no_grad():
@@ -112,6 +113,25 @@ def test_true_guidance_of_image_to_video_is_diffusers(repositories):
     pipeline = ImageToVideoPipeline.from_pretrained(folder)
     options |= {"image": picture(), "guidance_scale": 3.0}
     compare_steps(run_ours(pipeline, latents, PROMPTS[0], **options)[1], want_steps)
+
+
+@pytest.mark.heavy
+def test_bfloat16_is_no_farther_off_than_diffusers_own(repositories):
+    import torch
+
+    folder, theirs = repositories("concat")
+    latents, options = noise(1, 2), {**SIZE, "num_frames": 5}
+    given = {"prompt": PROMPTS[0], "image": picture(), **options}
+    exact = run_theirs(theirs, np.moveaxis(latents, -1, 1), **given)[1][-1]
+    rough = run_theirs(copy.deepcopy(theirs).to(torch.bfloat16), np.moveaxis(latents, -1, 1), **given)[1][-1]
+    pipeline = ImageToVideoPipeline.from_pretrained(folder, dtype="bfloat16")
+    assert pipeline.components.transformer.params["patch_in"]["kernel"].dtype == jax.numpy.bfloat16
+    ours = run_ours(pipeline, latents, PROMPTS[0], image=picture(), **options)[1][-1]
+
+    def error(have):
+        return np.sqrt(np.mean((have - exact) ** 2) / np.mean(exact**2))
+
+    assert error(np.moveaxis(ours, -1, 1)) < min(0.02, 1.5 * error(rough))
 
 
 @pytest.mark.heavy
