@@ -2,6 +2,8 @@
 
 import json
 import os
+import runpy
+import sys
 import tempfile
 from pathlib import Path
 
@@ -69,6 +71,20 @@ def write_tokenizer(path):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer.save(str(path))
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """(module, arguments) -> exit code, stdout and stderr of `python -m module`, run in this process."""
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_module(module, run_name="__main__")
+        return stopped.value.code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

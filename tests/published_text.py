@@ -21,6 +21,24 @@ SPECIALS = [BEGIN, "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"
 SPECIALS += ["<pad>"]
 PROMPTS = ["a small red boat drifts across a quiet lake", "zebras, 2 of them!", "the camera pans left and right slowly"]
 CORPUS = [t.head + t.tail for t in (hunyuan_text.TEXT_TEMPLATE, hunyuan_text.IMAGE_TEMPLATE)] + PROMPTS
+# what the published LLaVA says of its two networks: only what differs from transformers' defaults
+PUBLISHED_LLAMA = {
+    "model_type": "llama",
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "vocab_size": 128320,
+}
+PUBLISHED_VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "image_size": 336,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+}
 VOCABULARY = 768
 CLIP_VOCABULARY = 1024
 

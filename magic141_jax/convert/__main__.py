@@ -15,13 +15,11 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
-
 from magic141_jax.convert import check, repository
 from magic141_jax.convert.export import DTYPES, FORMATS, export
 from magic141_jax.convert.tensors import open_file
 from magic141_jax.errors import OneLineParser, UserError, run_entry_point
-from magic141_jax.pipelines.components import find_folder
+from magic141_jax.pipelines.components import default_dtype, find_folder
 from magic141_jax.sharding import MeshConfig, make_mesh
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -54,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = args.dtype or default_dtype()
     mesh = make_mesh(MeshConfig(fsdp=args.fsdp)) if args.fsdp else None
     folder = find_folder(args.source, args.revision)
     misfits = []

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from magic141_jax import settings, weights
-from magic141_jax.convert.engine import LINEAR, Rule, Table, to_ours
+from magic141_jax.convert.engine import Rule, Table, linear, norm, to_ours
 from magic141_jax.errors import UserError
 from magic141_jax.models.network import Network
 from magic141_jax.models.text import Bert, BertConfig, read_tokenizer
@@ -43,16 +43,6 @@ NOTICE = (
     "Changed: parameters renamed, linear kernels transposed and stacked, unused pooler removed, weights rounded to "
     "int8; tokenizer.json rewritten without white space, its padding and truncation settings removed.\n"
 )
-
-
-def linear(theirs: str, ours: str) -> Table:
-    """The rules of a linear layer's weight and bias."""
-    return (Rule(f"{theirs}.weight", f"{ours}.kernel", LINEAR), Rule(f"{theirs}.bias", f"{ours}.bias"))
-
-
-def norm(theirs: str, ours: str) -> Table:
-    """The rules of a layer norm's weight and bias."""
-    return (Rule(f"{theirs}.weight", f"{ours}.scale"), Rule(f"{theirs}.bias", f"{ours}.bias"))
 
 
 TABLE: Table = (

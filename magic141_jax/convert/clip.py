@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from magic141_jax import settings
-from magic141_jax.convert.bert import config_fields, linear, norm
-from magic141_jax.convert.engine import CONV, Rule, Table, Transform, chain, each
+from magic141_jax.convert.bert import config_fields
+from magic141_jax.convert.engine import CONV, Rule, Table, Transform, chain, each, linear, norm
 from magic141_jax.errors import UserError
 from magic141_jax.models.clip import ClipTextConfig, ClipVisionConfig
 

@@ -110,6 +110,19 @@ class Rule:
 Table = tuple[Rule, ...]
 
 
+def linear(theirs: str, ours: str, first: Transform = IDENTITY) -> Table:
+    """The rules of a linear layer's weight and bias; `first` rearranges the rows of both before the transpose."""
+    return (
+        Rule(f"{theirs}.weight", f"{ours}.kernel", LINEAR if first is IDENTITY else chain(first, LINEAR)),
+        Rule(f"{theirs}.bias", f"{ours}.bias", first),
+    )
+
+
+def norm(theirs: str, ours: str) -> Table:
+    """The rules of a layer or group norm's weight and bias."""
+    return (Rule(f"{theirs}.weight", f"{ours}.scale"), Rule(f"{theirs}.bias", f"{ours}.bias"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """One application of a rule: which tensors make which parameters, and at which layer of a stack (else None)."""

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from magic141_jax.convert.engine import LINEAR, Rule, Table, chain
+from magic141_jax.convert.engine import LINEAR, Rule, Table, chain, linear
 from magic141_jax.convert.hunyuan_dit import patch_values, shared
 from magic141_jax.errors import UserError
 from magic141_jax.models.mmdit import MMDiTConfig
@@ -88,6 +88,5 @@ def table(config: MMDiTConfig) -> Table:
         *shared(config),
         Rule("x_embedder.weight", "patch_in.kernel", chain(LINEAR, patch_values(config))),
         Rule("x_embedder.bias", "patch_in.bias"),
-        Rule("context_embedder.weight", "text_in.project.kernel", LINEAR),
-        Rule("context_embedder.bias", "text_in.project.bias"),
+        *linear("context_embedder", "text_in.project"),
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from magic141_jax.convert.engine import IDENTITY, LINEAR, Arrays, Rule, Table, Transform, chain, each
+from magic141_jax.convert.engine import LINEAR, Arrays, Rule, Table, Transform, chain, each, linear, norm
 from magic141_jax.diffusion import conditioning
 from magic141_jax.errors import UserError, nearest
 from magic141_jax.models.mmdit import MMDiTConfig
@@ -94,17 +94,17 @@ def table(config: MMDiTConfig) -> Table:
     refiner = "context_embedder.token_refiner.refiner_blocks.{i}"
     return (
         *shared(config),
-        *_linear("x_embedder.proj", "patch_in", _patch_in(config)),
+        *linear("x_embedder.proj", "patch_in", _patch_in(config)),
         *_embedder("context_embedder.time_text_embed.timestep_embedder", "text_in.time"),
         *_embedder("context_embedder.time_text_embed.text_embedder", "text_in.pooled"),
-        *_linear("context_embedder.proj_in", "text_in.project"),
-        *_linear(f"{refiner}.norm_out.linear", "text_in.blocks.gates"),
-        *_norm(f"{refiner}.norm1", "text_in.blocks.norm_1"),
-        *_norm(f"{refiner}.norm2", "text_in.blocks.norm_2"),
+        *linear("context_embedder.proj_in", "text_in.project"),
+        *linear(f"{refiner}.norm_out.linear", "text_in.blocks.gates"),
+        *norm(f"{refiner}.norm1", "text_in.blocks.norm_1"),
+        *norm(f"{refiner}.norm2", "text_in.blocks.norm_2"),
         *_qkv(f"{refiner}.attn.to_%", "text_in.blocks", config, rope=False),
-        *_linear(f"{refiner}.attn.to_out.0", "text_in.blocks.attention_out"),
-        *_linear(f"{refiner}.ff.net.0.proj", "text_in.blocks.mlp_up"),
-        *_linear(f"{refiner}.ff.net.2", "text_in.blocks.mlp_down"),
+        *linear(f"{refiner}.attn.to_out.0", "text_in.blocks.attention_out"),
+        *linear(f"{refiner}.ff.net.0.proj", "text_in.blocks.mlp_up"),
+        *linear(f"{refiner}.ff.net.2", "text_in.blocks.mlp_down"),
     )
 
 
@@ -125,25 +125,13 @@ def shared(config: MMDiTConfig) -> Table:
             mlp="ff_context",
         ),
         *_single(config),
-        *_linear("norm_out.linear", "modulation_out", _SWAP_HALVES),
-        *_linear("proj_out", "patch_out", patch_values(config)),
+        *linear("norm_out.linear", "modulation_out", _SWAP_HALVES),
+        *linear("proj_out", "patch_out", patch_values(config)),
     )
-
-
-def _linear(theirs: str, ours: str, first: Transform = IDENTITY) -> Table:
-    """Weight and bias of a linear layer; `first` rearranges the rows of both before the transpose."""
-    return (
-        Rule(f"{theirs}.weight", f"{ours}.kernel", chain(first, LINEAR)),
-        Rule(f"{theirs}.bias", f"{ours}.bias", first),
-    )
-
-
-def _norm(theirs: str, ours: str) -> Table:
-    return (Rule(f"{theirs}.weight", f"{ours}.scale"), Rule(f"{theirs}.bias", f"{ours}.bias"))
 
 
 def _embedder(theirs: str, ours: str) -> Table:
-    return (*_linear(f"{theirs}.linear_1", f"{ours}.up"), *_linear(f"{theirs}.linear_2", f"{ours}.down"))
+    return (*linear(f"{theirs}.linear_1", f"{ours}.up"), *linear(f"{theirs}.linear_2", f"{ours}.down"))
 
 
 def _letters(template: str, letters: str) -> tuple[str, ...]:
@@ -161,12 +149,12 @@ def _stream(config: MMDiTConfig, stream: str, *, norm: str, qkv: str, scale: str
     theirs, ours = "transformer_blocks.{i}", f"double_blocks.{stream}"
     scales = tuple(f"{theirs}.attn.{scale.replace('%', x)}.weight" for x in "qk")
     return (
-        *_linear(f"{theirs}.{norm}.linear", f"{ours}.modulation"),
+        *linear(f"{theirs}.{norm}.linear", f"{ours}.modulation"),
         *_qkv(f"{theirs}.attn.{qkv}", ours, config),
         Rule(scales, f"{ours}.qk_scale", _join_scales(config)),
-        *_linear(f"{theirs}.attn.{out}", f"{ours}.attention_out"),
-        *_linear(f"{theirs}.{mlp}.net.0.proj", f"{ours}.mlp_up"),
-        *_linear(f"{theirs}.{mlp}.net.2", f"{ours}.mlp_down"),
+        *linear(f"{theirs}.attn.{out}", f"{ours}.attention_out"),
+        *linear(f"{theirs}.{mlp}.net.0.proj", f"{ours}.mlp_up"),
+        *linear(f"{theirs}.{mlp}.net.2", f"{ours}.mlp_down"),
     )
 
 
@@ -175,10 +163,10 @@ def _single(config: MMDiTConfig) -> Table:
     scales = _letters(f"{theirs}.attn.norm_%.weight", "qk")
     kernels = (f"{ours}.attention_out.kernel", f"{ours}.mlp_down.kernel")
     return (
-        *_linear(f"{theirs}.norm.linear", f"{ours}.modulation"),
+        *linear(f"{theirs}.norm.linear", f"{ours}.modulation"),
         *_qkv(f"{theirs}.attn.to_%", ours, config),
         Rule(scales, f"{ours}.qk_scale", _join_scales(config)),
-        *_linear(f"{theirs}.proj_mlp", f"{ours}.mlp_up"),
+        *linear(f"{theirs}.proj_mlp", f"{ours}.mlp_up"),
         Rule(f"{theirs}.proj_out.weight", kernels, _split_inputs(config.heads * config.head_width)),
         Rule(f"{theirs}.proj_out.bias", f"{ours}.mlp_down.bias"),
     )

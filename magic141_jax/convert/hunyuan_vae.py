@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from magic141_jax.convert.engine import CONV, IDENTITY, LINEAR, Rule, Table, Transform, each
+from magic141_jax.convert.engine import CONV, IDENTITY, Rule, Table, Transform, each, linear, norm
 from magic141_jax.errors import UserError
 from magic141_jax.models.hunyuan_vae import HunyuanVAEConfig
 
@@ -93,23 +93,23 @@ def coder(name: str, direction: str, *, conv: str = ".conv", axes: int = 3) -> T
     return (
         *_layer(f"{name}.conv_in{conv}", f"{name}.conv_in", CONV),
         *_layer(f"{name}.conv_out{conv}", f"{name}.conv_out", CONV),
-        *_norm(f"{name}.conv_norm_out", f"{name}.norm_out"),
+        *norm(f"{name}.conv_norm_out", f"{name}.norm_out"),
         *block(f"{theirs}.resnets.{{j}}", f"{ours}.blocks.{{j}}"),
         *_layer(f"{theirs}.{direction}samplers.0.conv{conv}", f"{ours}.resample", CONV),
         *block(f"{name}.mid_block.resnets.0", f"{name}.middle.first"),
         *block(f"{name}.mid_block.resnets.1", f"{name}.middle.second"),
-        *_norm(f"{attention}.group_norm", f"{name}.middle.attention.norm"),
+        *norm(f"{attention}.group_norm", f"{name}.middle.attention.norm"),
         *(
             rule
             for projection, mine in projections.items()
-            for rule in _layer(f"{attention}.{projection}", f"{name}.middle.attention.{mine}", LINEAR)
+            for rule in linear(f"{attention}.{projection}", f"{name}.middle.attention.{mine}")
         ),
     )
 
 
 def _block(theirs: str, ours: str, *, conv: str, axes: int) -> Table:
     return (
-        *_norm(f"{theirs}.norm{{k}}", f"{ours}.norm{{k}}"),
+        *norm(f"{theirs}.norm{{k}}", f"{ours}.norm{{k}}"),
         *_layer(f"{theirs}.conv{{k}}{conv}", f"{ours}.conv{{k}}", CONV),
         *_layer(f"{theirs}.conv_shortcut{conv}", f"{ours}.shortcut", pointwise(axes)),
     )
@@ -117,7 +117,3 @@ def _block(theirs: str, ours: str, *, conv: str, axes: int) -> Table:
 
 def _layer(theirs: str, ours: str, kernel: Transform) -> Table:
     return (Rule(f"{theirs}.weight", f"{ours}.kernel", kernel), Rule(f"{theirs}.bias", f"{ours}.bias", IDENTITY))
-
-
-def _norm(theirs: str, ours: str) -> Table:
-    return (Rule(f"{theirs}.weight", f"{ours}.scale"), Rule(f"{theirs}.bias", f"{ours}.bias"))

@@ -11,8 +11,8 @@ from typing import Any
 
 from magic141_jax import settings
 from magic141_jax.convert import clip, llama
-from magic141_jax.convert.bert import config_fields, linear
-from magic141_jax.convert.engine import Table
+from magic141_jax.convert.bert import config_fields
+from magic141_jax.convert.engine import Table, linear
 from magic141_jax.models.llava import LlavaConfig
 
 LANGUAGE_PREFIXES = ("language_model.model.", "model.language_model.", "language_model.")

@@ -138,7 +138,7 @@ def load_components(
     """
     folder = find_folder(path_or_hub_id, revision)
     index = weights.read_json(folder / "model_index.json")
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = dtype or default_dtype()
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}; float32 and bfloat16 are known")
     if published.is_published(index):
@@ -155,6 +155,11 @@ def load_components(
     text_encoder = _pick(TEXT_ENCODERS, kind, folder / "text_encoder")(folder / "text_encoder")
     made = Components(folder=folder, text_encoder=text_encoder, sampling=sampling, mesh=mesh, **models)
     return made if lora is None else _with_lora(made, Path(lora), lora_scale)
+
+
+def default_dtype() -> Dtype:
+    """The dtype of the large networks unless one is given: float32 on a CPU, bfloat16 elsewhere."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def _with_lora(components: Components, file: Path, scale: float) -> Components:

@@ -102,15 +102,34 @@ def tiny_dit():
         torch.manual_seed(0)
         sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "num_single_layers": 3}
         widths = {"text_embed_dim": 24, "pooled_projection_dim": 12, "rope_axes_dim": (4, 6, 6)}
-        model = diffusers.HunyuanVideoTransformer3DModel(out_channels=16, **sizes, **widths, **variant).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                scale = 0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
-                offset = 1.0 if "norm" in name and name.endswith("weight") and parameter.ndim == 1 else 0.0
-                parameter.copy_(offset + scale * torch.randn_like(parameter))
-        return model
+        return _randomise(diffusers.HunyuanVideoTransformer3DModel(out_channels=16, **sizes, **widths, **variant))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def randomise():
+    """(module of theirs, gain of its matrices) -> the module, every parameter drawn from torch's generator."""
+    return _randomise
+
+
+def _randomise(module, gain=1.0):
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            scale = 0.3 if parameter.ndim == 1 else gain * parameter[0].numel() ** -0.5
+            offset = 1.0 if "norm" in name and name.endswith("weight") and parameter.ndim == 1 else 0.0
+            parameter.copy_(offset + scale * torch.randn_like(parameter))
+    return module.eval()
+
+
+@pytest.fixture(scope="session")
+def repo(tmp_path_factory):
+    """A folder with a published transformer and VAE."""
+    folder = tmp_path_factory.mktemp("published")
+    for part in PARTS:
+        _write(folder / part, part)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -11,14 +11,6 @@ from magic141_jax.errors import UserError
 from magic141_jax.sharding import MeshConfig, make_mesh
 
 
-@pytest.fixture(scope="module")
-def repo(write_published, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("check")
-    for part in ("transformer", "vae"):
-        write_published(folder / part, part)
-    return folder
-
-
 def test_the_table(repo):
     component = repository.open_component(repo / "transformer")
     head, *rows, total, needed = check.describe(component, "bfloat16")

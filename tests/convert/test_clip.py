@@ -9,7 +9,7 @@ from magic141_jax.errors import UserError
 from magic141_jax.models.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import flatten
-from tests.published_text import clip_text_sizes, clip_vision_sizes
+from tests.published_text import PUBLISHED_VISION, clip_text_sizes, clip_vision_sizes
 
 TEXT = clip.text_config_to_ours(clip_text_sizes())
 VISION = clip.vision_config_to_ours(clip_vision_sizes(image=28))
@@ -73,17 +73,7 @@ def test_names_and_shapes_are_those_of_transformers(tower):
 def test_the_published_configs():
     text = {"model_type": "clip_text_model", "hidden_size": 768, "intermediate_size": 3072, "eos_token_id": 2}
     assert clip.text_config_to_ours(text | {"num_attention_heads": 12, "projection_dim": 768}) == ClipTextConfig()
-    vision = {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "image_size": 336,
-        "intermediate_size": 4096,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-        "patch_size": 14,
-        "projection_dim": 768,
-    }
-    assert clip.vision_config_to_ours(vision) == ClipVisionConfig()
+    assert clip.vision_config_to_ours(PUBLISHED_VISION | {"projection_dim": 768}) == ClipVisionConfig()
 
 
 @pytest.mark.parametrize(

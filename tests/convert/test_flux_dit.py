@@ -23,7 +23,7 @@ SCHEDULERS = {"schnell": {"shift": 1.0}, "dev": {"shift": 3.0, "use_dynamic_shif
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def published(request):
+def published(request, randomise):
     """(variant, a tiny published network with every parameter random, its text states and pooled vectors)."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
@@ -39,13 +39,8 @@ def published(request):
         pooled_projection_dim=12,
         guidance_embeds=VARIANTS[request.param],
         axes_dims_rope=(4, 6, 6),
-    ).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            scale = 0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
-            offset = 1.0 if "norm" in name and name.endswith("weight") and parameter.ndim == 1 else 0.0
-            parameter.copy_(offset + scale * torch.randn_like(parameter))
-    return request.param, model, torch.randn(2, 7, 24), torch.randn(2, 12)
+    )
+    return request.param, randomise(model), torch.randn(2, 7, 24), torch.randn(2, 12)
 
 
 @pytest.fixture(scope="module")

@@ -27,20 +27,15 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def published():
+def published(randomise):
     """A tiny published autoencoder with every parameter random."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     model = diffusers.AutoencoderKLHunyuanVideo(
         block_out_channels=(16, 32, 32, 32), norm_num_groups=8, latent_channels=6, layers_per_block=1
-    ).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            scale = 0.3 if parameter.ndim == 1 else (2 / parameter[0].numel()) ** 0.5
-            offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            parameter.copy_(offset + scale * torch.randn_like(parameter))
-    return model
+    )
+    return randomise(model, 2**0.5)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from magic141_jax.errors import UserError
 from magic141_jax.models.llama import Llama, LlamaConfig
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import flatten
+from tests.published_text import PUBLISHED_LLAMA
 
 SIZES = {
     "model_type": "llama",
@@ -78,15 +79,7 @@ def test_config_of_older_and_newer_versions():
 
 def test_keys_that_are_not_written_have_the_defaults_of_transformers():
     """As in the published LLaVA, whose text_config says only what differs from Llama 2."""
-    published = {
-        "model_type": "llama",
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "vocab_size": 128320,
-    }
-    assert llama.config_to_ours(published) == LlamaConfig()
+    assert llama.config_to_ours(PUBLISHED_LLAMA) == LlamaConfig()
     plain = llama.config_to_ours({}, skip_last=0, compute_dtype="bfloat16")
     assert (plain.key_value_heads, plain.rope_theta, plain.final_norm, plain.layers) == (32, 10000.0, True, 32)
 

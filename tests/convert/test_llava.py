@@ -9,7 +9,7 @@ from magic141_jax.errors import UserError
 from magic141_jax.models.llava import Llava, LlavaConfig
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import flatten
-from tests.published_text import llava_sizes
+from tests.published_text import PUBLISHED_LLAMA, PUBLISHED_VISION, llava_sizes
 
 SIZES = llava_sizes(image=28)
 CONFIG = llava.config_to_ours(SIZES)
@@ -78,23 +78,8 @@ def test_the_published_config():
         "model_type": "llava",
         "pad_token_id": 128258,
         "projector_hidden_act": "gelu",
-        "text_config": {
-            "model_type": "llama",
-            "intermediate_size": 14336,
-            "num_key_value_heads": 8,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 500000.0,
-            "vocab_size": 128320,
-        },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": 1024,
-            "image_size": 336,
-            "intermediate_size": 4096,
-            "num_attention_heads": 16,
-            "num_hidden_layers": 24,
-            "patch_size": 14,
-        },
+        "text_config": PUBLISHED_LLAMA,
+        "vision_config": PUBLISHED_VISION,
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
     }

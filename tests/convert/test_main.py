@@ -1,7 +1,6 @@
 """The command line of the conversions, run in this process."""
 
-import runpy
-import sys
+import functools
 
 import numpy as np
 import pytest
@@ -11,21 +10,11 @@ from magic141_jax import settings, weights
 from magic141_jax.convert import check, repository
 from magic141_jax.convert.tensors import open_tensors
 
-MODULE = "magic141_jax.convert.__main__"
-
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(command_line):
     """(arguments) -> exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
-        monkeypatch.delitem(sys.modules, MODULE, raising=False)
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_module(MODULE, run_name="__main__")
-        return stopped.value.code, *capsys.readouterr()
-
-    return run
+    return functools.partial(command_line, "magic141_jax.convert.__main__")
 
 
 @pytest.fixture

@@ -19,14 +19,6 @@ from magic141_jax.pytree import flatten
 from magic141_jax.sharding import MeshConfig, make_mesh
 
 
-@pytest.fixture(scope="module")
-def repo(write_published, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("published")
-    for part in ("transformer", "vae"):
-        write_published(folder / part, part)
-    return folder
-
-
 @pytest.mark.parametrize("part", ["transformer", "vae"])
 def test_loaded_values_are_the_published_ones(repo, published_tensors, part):
     network, params = repository.load(repo / part)

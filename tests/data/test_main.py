@@ -1,25 +1,18 @@
 import json
-import runpy
-import sys
 
 import numpy as np
 import pytest
 
 from magic141_jax.data.cache import Cache
 
-MODULE = "magic141_jax.data.__main__"
-
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(command_line):
     """Runs the command line in this process; returns its exit code and stderr."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["data", *map(str, arguments)])
-        monkeypatch.delitem(sys.modules, MODULE, raising=False)
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_module(MODULE, run_name="__main__")
-        return stopped.value.code, capsys.readouterr().err
+        code, _, stderr = command_line("magic141_jax.data.__main__", *arguments)
+        return code, stderr
 
     return run
 
