@@ -1,7 +1,7 @@
 """Makes videos from text, or from text and a picture.
 
     python sample.py --prompt "a shark moves left on a yellow background"
-    python sample.py --prompt "it moves left" --image photo.png --duration 60 --output out.mp4
+    python sample.py --prompt "a star moves left on a blue background" --image photo.png --duration 4 --output star.gif
 
 Writes the video (mp4, gif or webp, by extension; png: the image alone), the first image and a JSON sidecar beside it.
 Prompt, seed, options and the weights' digest are in the metadata of each. The last line says what took how long.

@@ -23,7 +23,7 @@ FIRST_WINDOW = 1  # the purpose of its noise
 class ImageToVideoPipeline(Pipeline):
     """prompt and first frame -> video.
 
-    >>> ImageToVideoPipeline.from_pretrained()("it moves left", image="photo.png").frames[0]
+    >>> ImageToVideoPipeline.from_pretrained()("a star moves left on a blue background", image="photo.png").frames[0]
     """
 
     def __call__(
