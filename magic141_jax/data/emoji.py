@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import zipfile
 from functools import cached_property
@@ -74,6 +75,17 @@ TEMPLATES = (
     "a {name} {motion}, {colour} background",
     "on a {colour} background a {name} {motion}",
 )
+OPEN_TEMPLATES = (  # for videos only: their first frame says what the caption doesn't
+    "it {motion}",
+    "{motion}",
+    "it {motion} on a {colour} background",
+    "a {name} {motion}",
+    "the {name} {motion}",
+)
+OPEN_SHARE = 0.3
+UNNAMED = ("thing", "picture", "subject")  # names of a subject that is drawn in another look
+LOOKS = 8 * 6  # turned and mirrored, and its colour channels in another order; look 0 is the emoji itself
+LOOK_SHARE = 0.5  # of the videos that don't start from a poster: many more things to move than there are emoji
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +107,7 @@ class Scene:
     centre: tuple[float, float]
     size: float
     phase: int = 0
+    look: int = 0  # one of `LOOKS`
 
 
 class EmojiPack:
@@ -145,7 +158,7 @@ class EmojiPack:
 
     def render(self, scene: Scene, *, size: int = CANVAS, num_frames: int = 17) -> np.ndarray:
         """Draws a clip, uint8 (t, y, x, 3); on a torus of `size` pixels."""
-        loop = self.frames(scene.subject)
+        loop = _in_look(self.frames(scene.subject), scene.look)
         motion = MOTIONS[scene.motion]
         unit = size / CANVAS
         clip = np.empty((num_frames, size, size, 3), np.uint8)
@@ -164,21 +177,42 @@ class EmojiPack:
         return clip
 
 
+def _in_look(loop: np.ndarray, look: int) -> np.ndarray:
+    """A loop (t, y, x, rgba) in one of `LOOKS`."""
+    turns, mirrored, order = look % 4, look // 4 % 2, look // 8
+    loop = np.rot90(loop, turns, axes=(1, 2))
+    channels = (*list(itertools.permutations(range(3)))[order], 3)
+    return np.ascontiguousarray((loop[:, :, ::-1] if mirrored else loop)[..., channels])
+
+
 def is_held_out_triple(pack: EmojiPack, scene: Scene) -> bool:
     """Whether training leaves out this (subject, colour, motion); decided by a hash, so stable under additions."""
     key = f"{pack.subjects[scene.subject].code}/{scene.colour}/{scene.motion}".encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") % TRIPLE_FOLD == 0
 
 
-def caption(pack: EmojiPack, scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """The words for a scene: the plainest ones without `rng`, otherwise varied in name, verb and order."""
-    names, words = pack.subjects[scene.subject].names, MOTIONS[scene.motion].words
+def caption(
+    pack: EmojiPack,
+    scene: Scene,
+    rng: np.random.Generator | None = None,
+    templates: tuple[str, ...] = TEMPLATES,
+) -> str:
+    """The words for a scene: the plainest ones without `rng`, otherwise varied in name, verb and order.
+
+    Args:
+      pack: names the subjects.
+      scene: what the words say. A subject in another look is not called by its name.
+      rng: draws the words.
+      templates: to draw from; the first is as likely as the others together.
+    """
+    names = UNNAMED if scene.look else pack.subjects[scene.subject].names
+    words = MOTIONS[scene.motion].words
     if rng is None:
-        name, word, template = names[0], words[0], TEMPLATES[0]
+        name, word, template = names[0], words[0], templates[0]
     else:
         name = names[0] if rng.random() < 0.7 else names[rng.integers(len(names))]
         word = words[0] if rng.random() < 0.5 else words[rng.integers(len(words))]
-        template = TEMPLATES[0] if rng.random() < 0.5 else TEMPLATES[rng.integers(len(TEMPLATES))]
+        template = templates[0] if rng.random() < 0.5 else templates[rng.integers(len(templates))]
     text = template.format(name=name, motion=word, colour=scene.colour)
     for vowel in "aeiou":
         text = text.replace(f"a {vowel}", f"an {vowel}") if f" a {vowel}" in f" {text}" else text
@@ -199,7 +233,8 @@ def draw_scene(
     A poster stands on either side of the middle on an axis along which it won't move. Its places are whole patches of
     the transformer apart: tokens then look the same wherever it stands, so where a subject is and what it looks like
     are learned apart, which makes text to image learnable in minutes. A video that starts from a poster takes its own
-    motion independently of the poster's, so nothing leaks.
+    motion independently of the poster's, so nothing leaks. The others show many of their subjects in another look:
+    what moves is then to be read off the first frame, not off a memory of the emoji.
     """
     subject = int(rng.choice(subjects))
     colour, motion, placed_for = str(rng.choice(list(COLOURS))), *rng.choice(list(MOTIONS), 2).tolist()
@@ -212,7 +247,9 @@ def draw_scene(
         )
         return dataclasses.replace(base, motion=motion, centre=centre)
     centre = (float(rng.integers(CANVAS)), float(rng.integers(CANVAS)))
-    return Scene(subject, colour, motion, centre, float(rng.integers(SIZES[0], SIZES[1] + 1)), int(rng.integers(24)))
+    size, phase = float(rng.integers(SIZES[0], SIZES[1] + 1)), int(rng.integers(24))
+    look = int(rng.integers(LOOKS)) if rng.random() < LOOK_SHARE else 0
+    return Scene(subject, colour, motion, centre, size, phase, look)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +297,9 @@ class EmojiClips:
         frames = 1 if self.config.kind == "image" else self.config.num_frames
         clip = self.pack.render(scene, size=self.config.size, num_frames=frames)
         first = rng.random() < 0.5
-        anchor_scene = poster(scene.subject, scene.colour, scene.motion)
+        anchor_scene = dataclasses.replace(poster(scene.subject, scene.colour, scene.motion), look=scene.look)
         anchor = clip[0] if first else self.pack.render(anchor_scene, size=self.config.size, num_frames=1)[0]
         tags = {"subject": self.pack.subjects[scene.subject].code, "colour": scene.colour, "motion": scene.motion}
-        return {"frames": clip, "anchor": anchor, "caption": caption(self.pack, scene, rng), "tags": tags}
+        is_open = self.config.kind == "video" and rng.random() < OPEN_SHARE
+        words = caption(self.pack, scene, rng, OPEN_TEMPLATES if is_open else TEMPLATES)
+        return {"frames": clip, "anchor": anchor, "caption": words, "tags": tags}
