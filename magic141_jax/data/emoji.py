@@ -195,6 +195,7 @@ def caption(
     pack: EmojiPack,
     scene: Scene,
     rng: np.random.Generator | None = None,
+    *,
     templates: tuple[str, ...] = TEMPLATES,
 ) -> str:
     """The words for a scene: the plainest ones without `rng`, otherwise varied in name, verb and order.
@@ -301,5 +302,5 @@ class EmojiClips:
         anchor = clip[0] if first else self.pack.render(anchor_scene, size=self.config.size, num_frames=1)[0]
         tags = {"subject": self.pack.subjects[scene.subject].code, "colour": scene.colour, "motion": scene.motion}
         is_open = self.config.kind == "video" and rng.random() < OPEN_SHARE
-        words = caption(self.pack, scene, rng, OPEN_TEMPLATES if is_open else TEMPLATES)
+        words = caption(self.pack, scene, rng, templates=OPEN_TEMPLATES if is_open else TEMPLATES)
         return {"frames": clip, "anchor": anchor, "caption": words, "tags": tags}

@@ -9,6 +9,7 @@ import pytest
 from magic141_jax.data.emoji import (
     CANVAS,
     COLOURS,
+    LOOKS,
     MOTIONS,
     SIZES,
     EmojiClips,
@@ -104,6 +105,28 @@ def test_captions_name_subject_colour_and_motion(pack):
         assert "octopus" in text
         assert "orange" in text
         assert any(word in text for word in MOTIONS["up"].words)
+
+
+def test_videos_have_captions_that_leave_the_rest_to_the_first_frame(pack):
+    words = {"image": [], "video": []}
+    for kind, found in words.items():
+        clips = EmojiClips(EmojiConfig(kind=kind, length=300), pack)
+        found += [(clips.scene(i)[0], clips[i]["caption"]) for i in range(300 if kind == "video" else 60)]
+    assert all(scene.colour in text and not scene.look for scene, text in words["image"])
+    closed = sum(scene.colour in text for scene, text in words["video"])
+    assert 200 < closed < 295
+    for scene, text in words["video"]:
+        named = any(name in text for name in pack.subjects[scene.subject].names)
+        assert not (scene.look and named)
+
+
+def test_a_look_is_the_subject_turned_mirrored_or_with_other_colours(pack):
+    plain = Scene(pack.index("shark"), "blue", "still", (32.0, 32.0), 40.0)
+    pictures = [pack.render(dataclasses.replace(plain, look=i), num_frames=1)[0] for i in range(LOOKS)]
+    assert len({p.tobytes() for p in pictures}) == LOOKS
+    sizes = [(p != np.array(COLOURS["blue"], np.uint8)).any(-1).sum() for p in pictures]
+    assert max(sizes) < 1.05 * min(sizes)
+    assert (np.rot90(pictures[0]) == pictures[1]).mean() > 0.9
 
 
 def test_larger_frames_show_the_same_scene(pack):
