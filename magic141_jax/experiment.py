@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,22 +25,26 @@ from ml_collections import ConfigDict
 
 from magic141_jax import settings, sharding, weights
 from magic141_jax.data import __main__ as data_cli
+from magic141_jax.distill.consistency import Consistency
+from magic141_jax.distill.dmd import DMD
+from magic141_jax.distill.guidance import GuidanceDistillation
 from magic141_jax.errors import UserError, nearest
-from magic141_jax.models import MODELS, SHARDING_RULES, mmdit, patch_vae
-from magic141_jax.models.discriminator import Discriminator, DiscriminatorConfig
+from magic141_jax.models import MODELS, SHARDING_RULES, lora, mmdit, patch_vae
 from magic141_jax.models.network import Network
 from magic141_jax.pipelines.components import SamplingSettings, load_model
 from magic141_jax.pytree import Params, flatten, require_match
 from magic141_jax.train import loop, optim, preview, streams
-from magic141_jax.train.autoencoding import VAE, Autoencoding, AutoencodingConfig, as_float
+from magic141_jax.train.autoencoding import VAE, Autoencoding, as_float
 from magic141_jax.train.checkpoint import Checkpoints
-from magic141_jax.train.flow_matching import STUDENT, FlowMatching, FlowMatchingConfig, NullText
-from magic141_jax.train.method import Method
+from magic141_jax.train.conditioner import Conditioner, ConditioningConfig, NullText
+from magic141_jax.train.flow_matching import STUDENT, FlowMatching
+from magic141_jax.train.method import Method, Parts
 from magic141_jax.train.metrics import MetricWriter
 from magic141_jax.train.state import TrainState
 from magic141_jax.train.step import make_step
 
-RULES = tuple(rule for name in ("mmdit", "image_encoder", "patch_vae") for rule in SHARDING_RULES[name])
+NETWORKS = ("mmdit", "image_encoder", "patch_vae")
+RULES = (*lora.SHARDING_RULES, *(rule for name in NETWORKS for rule in SHARDING_RULES[name]))
 MAY_CHANGE = ("train.", "mesh.", "data.threads", "sampling.", "components_from")
 STATISTICS_BATCHES = 16
 PREVIEW_CLIPS = 4
@@ -51,10 +56,11 @@ class ExperimentConfig:
 
     Attributes:
       model: {"model": name in MODELS, ...fields of its config}: what is trained.
-      method: {"name": name in METHODS, ...fields of its config}.
+      method: {"name": name in METHODS or "package.module:Class", ...fields of its config}.
       image_encoder: like `model`; empty trains without image tokens.
       data, optimizer, train, mesh: see their classes.
       role_optimizers: {role: {field: value}} where a role differs from `optimizer`.
+      teacher: a weights folder: the frozen networks that a distillation starts from and is measured against.
       init_from: a weights folder whose components training starts from; empty starts fresh.
       components_from: a weights folder whose other components (VAE, text encoder) the export copies.
       sampling: the export's sampling settings; empty copies those of `components_from`.
@@ -71,6 +77,7 @@ class ExperimentConfig:
     train: loop.TrainConfig = dataclasses.field(default_factory=loop.TrainConfig)
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
     sampling: dict = dataclasses.field(default_factory=dict)
+    teacher: str = ""
     init_from: str = ""
     components_from: str = ""
     storage: weights.Storage = "float32"
@@ -105,7 +112,7 @@ def _model_config(values: Mapping[str, Any], where: str) -> Any:
 
 
 def _method_config(values: Mapping[str, Any]) -> Any:
-    config_class, _ = _entry(METHODS, values.get("name"), "config.method.name")
+    config_class = _method_class(values.get("name")).Config
     return settings.build(config_class, {k: v for k, v in values.items() if k != "name"}, where="config.method")
 
 
@@ -120,31 +127,70 @@ def _network(values: Mapping[str, Any], where: str) -> Network:
     return Network.create(module, _model_config(values, where))
 
 
-def _flow_matching(config: ExperimentConfig) -> Method:
-    transformer = _network(config.model, "model")
-    encoder = _network(config.image_encoder, "image_encoder") if config.image_encoder else None
-    null = {name: jnp.asarray(value) for name, value in streams.null_text(config.data, record_shape(config)).items()}
-    return FlowMatching(_method_config(config.method), transformer, encoder, NullText(**null))
+# Method name -> its class, see `magic141_jax.train.method`
+METHODS = {
+    "flow_matching": FlowMatching,
+    "autoencoding": Autoencoding,
+    "dmd": DMD,
+    "consistency": Consistency,
+    "guidance": GuidanceDistillation,
+}
 
 
-def _autoencoding(config: ExperimentConfig) -> Method:
-    method, vae = _method_config(config.method), _network(config.model, "model")
-    discriminator = Network.create(Discriminator, DiscriminatorConfig()) if method.adversarial else None
-    if config.data.path not in (streams.EMOJI, streams.RANDOM):
-        streams.open_cache(config.data.path, "raw")
+def _method_class(name: Any) -> Any:
+    """The class of a name of `METHODS` or of "package.module:Class"."""
+    if not isinstance(name, str) or ":" not in name:
+        return _entry(METHODS, name, "config.method.name")
+    module, _, attribute = name.partition(":")
     try:
-        return Autoencoding(method, vae, model_name=config.model["model"], discriminator=discriminator)
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise UserError(f"config.method.name is {name!r}, and {module} can't be imported: {error}") from None
+    if not (hasattr(found, "Config") and hasattr(found, "build")):
+        raise UserError(f"config.method.name is {name!r}, which is no class with Config and build (train/method.py)")
+    return found
+
+
+def _build_method(config: ExperimentConfig) -> Method:
+    settings_of_method = _method_config(config.method)
+    parts = Parts(
+        network=_network(config.model, "model"),
+        model_name=config.model["model"],
+        conditioner=functools.partial(_conditioner, config),
+        teacher=functools.partial(_teacher, config),
+        raw_records=functools.partial(_require_raw, config),
+    )
+    try:
+        return _method_class(config.method.get("name")).build(settings_of_method, parts)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"config.method: {error}") from None
 
 
-# Method name -> (its config dataclass, what builds it from the whole config)
-METHODS = {
-    "flow_matching": (FlowMatchingConfig, _flow_matching),
-    "autoencoding": (AutoencodingConfig, _autoencoding),
-}
+def _conditioner(config: ExperimentConfig, drawn: ConditioningConfig) -> Conditioner:
+    encoder = _network(config.image_encoder, "image_encoder") if config.image_encoder else None
+    null = {name: jnp.asarray(value) for name, value in streams.null_text(config.data, record_shape(config)).items()}
+    return Conditioner(drawn, encoder, NullText(**null))
+
+
+def _require_raw(config: ExperimentConfig) -> None:
+    if config.data.path not in (streams.EMOJI, streams.RANDOM):
+        streams.open_cache(config.data.path, "raw")
+
+
+def _teacher(config: ExperimentConfig) -> dict[str, tuple[Any, Params]]:
+    """The transformer and, if there is one, the image encoder of config.teacher: {name: (config, parameters)}."""
+    if not config.teacher:
+        raise UserError("this method distils a teacher: set --config.teacher to a weights folder")
+    found = {}
+    for name in ("transformer", "image_encoder"):
+        if (Path(config.teacher) / name).is_dir():
+            model = load_model(Path(config.teacher) / name)
+            found[name] = (model.network.config, model.params)
+    if "transformer" not in found:
+        raise UserError(f"{config.teacher} has no transformer (config.teacher)")
+    return found
 
 
 def _fit_vae(params: dict[str, Params], record: Mapping[str, jax.Array]) -> dict[str, Params]:
@@ -206,8 +252,7 @@ class Experiment:
                 sharding.batch_size_per_process(size, mesh)
         if config.sampling:
             settings.build(SamplingSettings, config.sampling, where="config.sampling")
-        _, build = _entry(METHODS, config.method.get("name"), "config.method.name")
-        method = build(config)
+        method = _build_method(config)
         optimizers = {}
         for role in method.roles:
             own = {**settings.to_dict(config.optimizer), **config.role_optimizers.get(role, {})}
@@ -236,7 +281,7 @@ class Experiment:
         """
         key = jax.random.key(self.config.seed)
         fit = DATA_STARTS.get(self.config.model["model"])
-        count = self.method.config.init_records
+        count = getattr(self.method.config, "init_records", 0)
         if self.config.init_from:
             params = self._loaded_params()
         elif fit is not None and count:

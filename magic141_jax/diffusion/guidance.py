@@ -8,6 +8,8 @@ instead: w = scale - 1.) Guidance is linear, hence the same in v, x0 and eps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -28,13 +30,24 @@ def guided(velocity: Velocity, negative: Conditioning, scale: float | Float[Arra
     if isinstance(scale, int | float) and scale == 1:
         return velocity
 
+    both = branches(velocity, negative)
+
     def guided_velocity(x: Latents, t: Times, cond: Conditioning) -> Latents:
+        v_cond, v_negative = both(x, t, cond)
+        w = jnp.asarray(scale, v_cond.dtype)
+        return v_negative + w.reshape(w.shape + (1,) * (v_cond.ndim - w.ndim)) * (v_cond - v_negative)
+
+    return guided_velocity
+
+
+def branches(velocity: Velocity, negative: Conditioning) -> Callable[..., tuple[Latents, Latents]]:
+    """(x, t, cond) -> the velocity with the text of `cond` and the one with that of `negative`, run as one batch."""
+
+    def both_velocities(x: Latents, t: Times, cond: Conditioning) -> tuple[Latents, Latents]:
         n = negative.image_tokens
         other = replace_text(cond, negative.text[:, n:], negative.text_mask[:, n:], negative.pooled)
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, other)
-        v = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
-        v_cond, v_negative = jnp.split(v, 2)
-        w = jnp.asarray(scale, v.dtype)
-        return v_negative + w.reshape(w.shape + (1,) * (v.ndim - w.ndim)) * (v_cond - v_negative)
+        v_cond, v_negative = jnp.split(velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both), 2)
+        return v_cond, v_negative
 
-    return guided_velocity
+    return both_velocities

@@ -62,20 +62,12 @@ def sample(
       UserError: an unknown sampler.
       ValueError: "renoise" without a key.
     """
-    if sampler not in _STEPS:
-        raise UserError(f"unknown sampler {sampler!r}.{nearest(sampler, _STEPS)}")
-    if sampler == "renoise" and key is None:
-        raise ValueError("the renoise sampler draws noise at every step: it needs a key")
-    step = _STEPS[sampler]
+    step = stepper(sampler, velocity, cond, key)
     times = jnp.asarray(times, jnp.float32)
-
-    def local_velocity(x: jax.Array, t: jax.Array) -> jax.Array:
-        return velocity(x, jnp.broadcast_to(t, x.shape[:1]), cond).astype(x.dtype)
 
     def body(x: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         index, t, t_next = inputs
-        # Times are float32, and would raise bfloat16 latents to float32 in the carry.
-        x = step(local_velocity, x, t, t_next, key=_step_key(key, index)).astype(x.dtype)
+        x = step(x, index, t, t_next)
         if callback is not None:
             jax.debug.callback(callback, index, t_next, x)
         return x, None
@@ -83,6 +75,30 @@ def sample(
     steps = jnp.arange(times.shape[0] - 1)
     x, _ = jax.lax.scan(body, noise, (steps, times[:-1], times[1:]))
     return keep_known(x, cond) if keep else x
+
+
+def stepper(
+    sampler: Sampler, velocity: Velocity, cond: Conditioning, key: jax.Array | None
+) -> Callable[[Latents, jax.Array, jax.Array, jax.Array], Latents]:
+    """One step of a walk: (x, number of the step, t, t') -> x' in the dtype of x; arguments as in `sample`.
+
+    Raises:
+      UserError: an unknown sampler.
+      ValueError: "renoise" without a key.
+    """
+    if sampler not in _STEPS:
+        raise UserError(f"unknown sampler {sampler!r}.{nearest(sampler, _STEPS)}")
+    if sampler == "renoise" and key is None:
+        raise ValueError("the renoise sampler draws noise at every step: it needs a key")
+
+    def local_velocity(x: jax.Array, t: jax.Array) -> jax.Array:
+        return velocity(x, jnp.broadcast_to(t, x.shape[:1]), cond).astype(x.dtype)
+
+    def step(x: Latents, index: jax.Array, t: jax.Array, t_next: jax.Array) -> Latents:
+        # Times are float32, and would raise bfloat16 latents to float32 in the carry.
+        return _STEPS[sampler](local_velocity, x, t, t_next, key=_step_key(key, index)).astype(x.dtype)
+
+    return step
 
 
 def _euler(

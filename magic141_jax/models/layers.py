@@ -44,7 +44,10 @@ def expand_like(vector: Array, x: Array) -> Array:
 
 
 class Linear(nnx.Module):
-    """y = x W + b with W (in, out), or a stack (layers, in, out) that a scan slices."""
+    """y = x W + b with W (in, out), or a stack (layers, in, out) that a scan slices; + (x A) B with an adapter."""
+
+    a: nnx.Param | None = None  # (in, r) and (r, out), or stacks; see models/lora.py
+    b: nnx.Param | None = None
 
     def __init__(
         self,
@@ -64,6 +67,8 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """x (..., in) -> (..., out) in the dtype of x."""
         y = jnp.dot(x, self.kernel[...].astype(x.dtype))
+        if self.a is not None:
+            y += jnp.dot(jnp.dot(x, self.a[...].astype(x.dtype)), self.b[...].astype(x.dtype))
         if self.bias is None:
             return y
         return y + expand_like(self.bias[...].astype(x.dtype), y)

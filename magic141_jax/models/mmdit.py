@@ -508,16 +508,16 @@ def _whitened(linear: Params, rows: Float[Array, "n e"]) -> Params:
     return {"kernel": kernel, "bias": linear["bias"] - mean @ kernel}
 
 
-def velocity_fn(network: Network, params: Params, *, guidance: float | None = None) -> Callable[..., Latents]:
+def velocity_fn(network: Network, params: Params, *, guidance: Times | float | None = None) -> Callable[..., Latents]:
     """The seam to `diffusion/`: velocity(x (b, f, h, w, c), t (b,), conditioning) -> v of x's shape.
 
-    `guidance` is the scale handed to a network with a guidance embedding.
+    `guidance` is the scale handed to a network with a guidance embedding, or one per sample.
     """
     config = network.config
 
     def velocity(x: Latents, t: Times, cond: conditioning_lib.Conditioning) -> Latents:
         inputs = conditioning_lib.model_input(x, cond, known=config.known, hold=config.hold_known)
-        scale = None if guidance is None else jnp.full(t.shape, guidance, jnp.float32)
+        scale = None if guidance is None else jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), t.shape)
         known = cond.mask if config.known == "replace" else None
         out = network(params, inputs, t, cond.text, cond.text_mask, cond.pooled, guidance=scale, known=known)
         return flow.velocity_from_sample(x, t, out) if config.prediction == "sample" else out

@@ -18,12 +18,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from magic141_jax.models.discriminator import Discriminator, DiscriminatorConfig
 from magic141_jax.models.network import Network
 from magic141_jax.models.vae import latent_frames, sample_posterior
 from magic141_jax.pytree import Params
 from magic141_jax.shapes import Frames
-from magic141_jax.train.flow_matching import as_float
-from magic141_jax.train.method import Batch, Metrics
+from magic141_jax.train.conditioner import as_float
+from magic141_jax.train.method import Batch, Metrics, Parts
 
 VAE, DISCRIMINATOR = "vae", "discriminator"
 PYRAMID_LEVELS = 3
@@ -84,6 +85,15 @@ class Autoencoding:
             raise ValueError(f"crop_size {config.crop_size} is not a multiple of {sizes.spatial_factor}")
         if config.crop_frames:
             latent_frames(config.crop_frames, sizes.temporal_factor)
+
+    Config = AutoencodingConfig
+
+    @classmethod
+    def build(cls, config: AutoencodingConfig, parts: Parts) -> Autoencoding:
+        """The method over an experiment's network, with a fresh discriminator where one is wanted."""
+        parts.raw_records()
+        discriminator = Network.create(Discriminator, DiscriminatorConfig()) if config.adversarial else None
+        return cls(config, parts.network, model_name=parts.model_name, discriminator=discriminator)
 
     @property
     def roles(self) -> tuple[str, ...]:

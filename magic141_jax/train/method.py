@@ -3,19 +3,45 @@
 A role is a set of trained parameters with its own optimizer: a student, a fake score, a discriminator. A method
 says which roles there are, how often each is updated, and what each minimises. Flow matching, autoencoding and
 the distillation objectives (paper sections 3 and 4) are methods; none of them has a trainer of its own.
+
+A method's file ends with a class that has `Config`, a dataclass, and `build(config, parts)`; a config file names it by
+a key of `experiment.METHODS` or, if it lives elsewhere, as "package.module:Class".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
 
+from magic141_jax.models.network import Network
 from magic141_jax.pytree import Params
+from magic141_jax.train.conditioner import Conditioner, ConditioningConfig
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What an experiment hands to `Method.build`.
+
+    Attributes:
+      network: what config.model describes.
+      model_name: its name in a weights folder's config.json.
+      conditioner: makes the conditioning of latent records; raises `UserError` if the data holds other records.
+      teacher: reads config.teacher, {"transformer": (config, parameters), "image_encoder": ...}; raises `UserError`
+        where there is none.
+      raw_records: raises `UserError` unless the data holds frames.
+    """
+
+    network: Network
+    model_name: str
+    conditioner: Callable[[ConditioningConfig], Conditioner]
+    teacher: Callable[[], dict[str, tuple[Any, Params]]]
+    raw_records: Callable[[], None]
 
 
 class Method(Protocol):
@@ -41,7 +67,8 @@ class Method(Protocol):
         """One scalar loss per trained role, and scalar metrics; pure and traceable.
 
         The step differentiates the loss of a role by the parameters of that role only, so an adversary needs no
-        stop_gradient. A metric that a batch has no sample for is NaN, and is left out of the averages.
+        stop_gradient. What only a role that isn't updated in this step needs is never computed: its loss, and the
+        metrics named "<role>/...". A metric that a batch has no sample for is NaN, and is left out of the averages.
         """
         ...
 

@@ -19,7 +19,8 @@ from magic141_jax.models.network import Network
 from magic141_jax.pytree import Params
 from magic141_jax.shapes import Frames
 from magic141_jax.train.autoencoding import VAE, Autoencoding
-from magic141_jax.train.flow_matching import STUDENT, FlowMatching, as_float
+from magic141_jax.train.conditioner import as_float
+from magic141_jax.train.flow_matching import STUDENT, FlowMatching
 
 STEPS = 12
 Preview = Callable[[Mapping[str, Params], Mapping[str, Any]], Float[Array, "b t y 2*x 3"]]
@@ -45,7 +46,7 @@ def generation(method: FlowMatching, vae: Network, vae_params: Params, *, seed: 
         student = params[STUDENT]
         latents = record["latents"].astype(jnp.float32)
         known = jnp.ones(latents.shape[0], jnp.int32)
-        cond = method.condition(student, record, None, known, image_tokens=True)
+        cond = method.conditioner.condition(student.get("image_encoder"), record, None, known, image_tokens=True)
         noise = flow.draw_noise(jax.random.key(seed), latents.shape)
         made = samplers.sample(mmdit.velocity_fn(method.transformer, student["transformer"]), cond, noise, times)
         return jnp.concatenate([vae(vae_params, x, method="decode_latents") for x in (latents, made)], axis=3)

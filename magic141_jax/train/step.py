@@ -83,7 +83,10 @@ def _step(
 def _gradients(
     method: Method, params: dict[str, Params], batch: Batch, key: jax.Array, *, active: tuple[str, ...], step: jax.Array
 ) -> tuple[dict[str, Params], Metrics]:
-    """Gradients of each active role's own loss, and the metrics. XLA shares the forward passes."""
+    """Gradients of each active role's own loss, and the metrics. XLA shares the forward passes.
+
+    It also leaves out whatever only idle roles' losses and metrics need, once nobody asks for these.
+    """
     grads: dict[str, Params] = {}
     metrics: Metrics = {}
     for role in active:
@@ -94,7 +97,8 @@ def _gradients(
 
         (_, (losses, extra)), grads[role] = jax.value_and_grad(loss, has_aux=True)(params[role])
         metrics |= extra | {f"loss/{name}": value for name, value in losses.items()}
-    return grads, metrics
+    idle = {name for role in method.roles if role not in active for name in metrics if role in name.split("/")}
+    return grads, {name: value for name, value in metrics.items() if name not in idle}
 
 
 def _accumulated(

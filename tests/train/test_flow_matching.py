@@ -11,8 +11,9 @@ from magic141_jax.models import mmdit
 from magic141_jax.models.image_encoder import ImageEncoder, ImageEncoderConfig
 from magic141_jax.models.mmdit import MMDiT
 from magic141_jax.models.network import Network
-from magic141_jax.train import flow_matching, optim
-from magic141_jax.train.flow_matching import FlowMatching, FlowMatchingConfig, NullText
+from magic141_jax.train import optim
+from magic141_jax.train.conditioner import Conditioner, NullText
+from magic141_jax.train.flow_matching import FlowMatching, FlowMatchingConfig
 from magic141_jax.train.state import TrainState
 from magic141_jax.train.step import make_step
 
@@ -42,7 +43,8 @@ def records(b, f, key=0):
 def method(prediction="velocity", **config):
     image = ImageEncoderConfig(patch=8, width=8, layers=1, heads=2, mlp=16, text_width=8)
     network = Network.create(MMDiT, dataclasses.replace(SIZES, prediction=prediction))
-    return FlowMatching(FlowMatchingConfig(**config), network, Network.create(ImageEncoder, image), NULL)
+    config = FlowMatchingConfig(**config)
+    return FlowMatching(config, network, Conditioner(config, Network.create(ImageEncoder, image), NULL))
 
 
 def random_like(params, key=0, scale=0.3):
@@ -89,32 +91,6 @@ def test_text_to_video_sees_neither_image_tokens_nor_known_frames():
     assert loss[0] != loss[1], "a dropped caption keeps the image tokens"
 
 
-def test_captions_are_dropped_at_the_given_rate():
-    m = method(caption_dropout=0.25)
-    record = {k: jnp.asarray(v) for k, v in records(2000, 1).items()}
-    text, mask, pooled = m._drop_captions(record, jax.random.key(0))
-    dropped = np.asarray((pooled == 0).all(-1))
-    assert 0.2 < dropped.mean() < 0.3
-    np.testing.assert_array_equal(dropped, np.asarray((text == 0).all((1, 2))))
-    np.testing.assert_array_equal(dropped, np.asarray(mask.sum(-1) == 1))
-
-
-def test_history_noise_touches_known_frames_only():
-    m = method(history_noise_probability=1.0, history_noise_max=0.5)
-    record = {k: jnp.asarray(v) for k, v in records(4, 3).items()}
-    params = m.init(jax.random.key(0))["student"]
-
-    @jax.jit
-    def draw(params, record):
-        clean = m.condition(params, record, None, jnp.array([0, 1, 2, 2]), image_tokens=True)
-        return clean, m._noise_history(clean, jax.random.key(1))
-
-    clean, noised = draw(params, record)
-    changed = np.asarray(jnp.abs(noised.known - clean.known).max((2, 3, 4)) > 0)
-    np.testing.assert_array_equal(changed, np.asarray(clean.mask[:, :, 0, 0, 0] > 0))
-    assert clean.text_mask[0, : clean.image_tokens].sum() == 0 and clean.text_mask[1].all()
-
-
 def test_one_clip_is_learned():
     m = method("sample", known_frames=(0.5, 0.5), caption_dropout=0.0)
     batch = {"video": records(4, 2)}
@@ -131,11 +107,3 @@ def test_one_clip_is_learned():
         lambda a, b: np.abs(a - b).max(), before, jax.device_get(state.params)["student"]["image_encoder"]
     )
     assert max(jax.tree.leaves(moved)) > 0, "the image encoder is trained along"
-
-
-def test_bad_probabilities_are_refused():
-    with pytest.raises(ValueError, match="known_frames are probabilities"):
-        FlowMatchingConfig(known_frames=(0.5, 0.6))
-    with pytest.raises(ValueError, match="caption_dropout must be between"):
-        FlowMatchingConfig(caption_dropout=2.0)
-    assert flow_matching.as_float(jnp.array([255], jnp.uint8)) == 1.0

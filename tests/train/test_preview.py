@@ -30,12 +30,12 @@ def test_samples_keep_their_first_latent_frame():
         def transformer(params, inputs, t, *args, **kwargs):
             return jnp.zeros((*inputs.shape[:-1], 3))
 
-        @staticmethod
-        def condition(student, record, key, known, *, image_tokens):
-            assert key is None and image_tokens, "no caption is dropped"
-            held, mask = known_latents(record["latents"], known, 3)
-            return Conditioning(jnp.zeros((2, 1, 1)), jnp.ones((2, 1), bool), jnp.zeros((2, 1)), held, mask)
+    def condition(encoder, record, key, known, *, image_tokens):
+        assert key is None and image_tokens, "no caption is dropped"
+        held, mask = known_latents(record["latents"], known, 3)
+        return Conditioning(jnp.zeros((2, 1, 1)), jnp.ones((2, 1), bool), jnp.zeros((2, 1)), held, mask)
 
+    Method.conditioner = types.SimpleNamespace(condition=condition)
     Method.transformer.config = types.SimpleNamespace(known="channels", hold_known=False, prediction="velocity")
     latents = jnp.full((2, 3, 4, 4, 3), 7.0)
     draw = preview.generation(Method(), lambda params, x, method: x, {}, seed=0)

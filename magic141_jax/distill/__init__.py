@@ -1,0 +1,1 @@
+"""Few-step distillation: roles over one frozen backbone, rollouts, and the methods as losses over roles."""

@@ -1,0 +1,108 @@
+"""What a few-step student is trained on: its own path from noise, as sampling will walk it (DMD2, arXiv 2405.14867).
+
+Backward simulation: with times t_0 = 1 > ... > t_n = 0 and a random exit e < n, the student walks from pure noise to
+t_e without gradient, by the step that sampling will use,
+
+    renoise   x_{i+1} = (1 - t_{i+1}) x0_i + t_{i+1} eps_i,   x0_i = x_i - t_i v(x_i, t_i)
+    euler     x_{i+1} = x_i + (t_{i+1} - t_i) v(x_i, t_i)
+
+and its x0 at t_e, with gradient, is the sample that losses see. Without backward simulation x_{t_e} is noised data.
+A checkpoint records the walk that it was trained for (`SamplingSettings`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from magic141_jax.diffusion import flow, samplers, timesteps
+from magic141_jax.diffusion.conditioning import Conditioning, Velocity
+from magic141_jax.shapes import Latents, Times
+
+
+@dataclasses.dataclass(frozen=True)
+class WalkConfig:
+    """The few steps of the student.
+
+    Attributes:
+      steps: how many.
+      shift: of the grid of times; 5 gives Magic 1-For-1's [1, .9375, .8333, .625, 0].
+      sampler: the step between them.
+      backward_simulation: whether the student walks to the exit itself; else noised data stands there.
+    """
+
+    steps: int = 4
+    shift: float = 5.0
+    sampler: Literal["renoise", "euler"] = "renoise"
+    backward_simulation: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.shift <= 0:
+            raise ValueError(f"steps and shift must be positive, got {self.steps} and {self.shift}")
+
+    @property
+    def times(self) -> Float[Array, " steps+1"]:
+        """The grid, falling from 1 to 0."""
+        return timesteps.grid(self.steps, self.shift)
+
+    def sampling(self) -> dict[str, Any]:
+        """The sampling settings that a checkpoint of this walk records: it needs no guidance."""
+        return {
+            "num_inference_steps": self.steps,
+            "shift": self.shift,
+            "sampler": self.sampler,
+            "guidance_scale": 1.0,
+        }
+
+
+def start(
+    config: WalkConfig, walk: Velocity, cond: Conditioning, data: Latents, key: jax.Array
+) -> tuple[Latents, Times]:
+    """Draws an exit e for the batch and gives (x_{t_e}, t_e), without gradient.
+
+    Args:
+      config: the steps.
+      walk: the student's velocity, its parameters constants.
+      cond: the conditioning; its known frames are noisy along the walk, as in sampling.
+      data: latents (b, f, h, w, c): their shape, and themselves where there is no backward simulation.
+      key: of the exit and of all noise.
+    """
+    exit_key, noise_key, step_key = jax.random.split(key, 3)
+    times = config.times
+    index = jax.random.randint(exit_key, (), 0, config.steps)
+    noise = flow.draw_noise(noise_key, data.shape)
+    t = jnp.broadcast_to(times[index], data.shape[:1])
+    if not config.backward_simulation:
+        return flow.interpolate(data.astype(jnp.float32), noise, t), t
+    step = samplers.stepper(config.sampler, walk, cond, step_key)
+
+    def body(i: jax.Array, x: Latents) -> Latents:
+        return step(x, i, times[i], times[i + 1])
+
+    return jax.lax.fori_loop(0, index, body, noise), t
+
+
+def finish(student: Velocity, cond: Conditioning, data: Latents, x: Latents, t: Times) -> Latents:
+    """The student's x0 at (x, t), the known frames of `data` put back clean: the generated sample, with gradient."""
+    made = flow.sample_from_velocity(x, t, student(x, t, cond).astype(jnp.float32))
+    return jnp.where(cond.mask > 0, data.astype(jnp.float32), made)
+
+
+def generate(
+    config: WalkConfig, student: Velocity, cond: Conditioning, shape: tuple[int, ...], key: jax.Array
+) -> Latents:
+    """Whole samples of `shape` by the student's own walk, as `pipelines` would make them."""
+    noise_key, step_key = jax.random.split(key)
+    noise = flow.draw_noise(noise_key, shape)
+    return samplers.sample(student, cond, noise, config.times, sampler=config.sampler, key=step_key)
+
+
+def parts(batch: Mapping[str, Mapping[str, jax.Array]], key: jax.Array) -> list[tuple[str, Any, jax.Array]]:
+    """The parts of a batch, "image" and "video", each with a key of its own."""
+    names = enumerate(("image", "video"))
+    return [(name, batch[name], jax.random.fold_in(key, i)) for i, name in names if name in batch]

@@ -1,0 +1,76 @@
+"""Captions dropped at their rate, history noise on known frames only, image tokens only for those who know a frame."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magic141_jax.models.image_encoder import ImageEncoder, ImageEncoderConfig
+from magic141_jax.models.network import Network
+from magic141_jax.train.conditioner import Conditioner, ConditioningConfig, NullText, as_float, weighted_mean
+
+NULL = NullText(jnp.zeros((3, 8)), jnp.array([True, False, False]), jnp.zeros(6))
+
+
+def conditioner(**config):
+    image = ImageEncoderConfig(patch=8, width=8, layers=1, heads=2, mlp=16, text_width=8)
+    return Conditioner(ConditioningConfig(**config), Network.create(ImageEncoder, image), NULL)
+
+
+def record(b, f):
+    rng = np.random.default_rng(0)
+    return {
+        "latents": jnp.asarray(rng.normal(size=(b, f, 4, 4, 4)), jnp.float16),
+        "text": jnp.asarray(rng.normal(size=(b, 3, 8)), jnp.float16),
+        "text_mask": jnp.ones((b, 3), bool),
+        "pooled": jnp.asarray(rng.normal(size=(b, 6)), jnp.float16),
+        "anchor": jnp.asarray(rng.integers(0, 256, (b, 16, 16, 3)), jnp.uint8),
+    }
+
+
+def test_captions_are_dropped_at_the_given_rate():
+    text, mask, pooled = conditioner(caption_dropout=0.25).drop_captions(record(2000, 1), jax.random.key(0))
+    dropped = np.asarray((pooled == 0).all(-1))
+    assert 0.2 < dropped.mean() < 0.3
+    np.testing.assert_array_equal(dropped, np.asarray((text == 0).all((1, 2))))
+    np.testing.assert_array_equal(dropped, np.asarray(mask.sum(-1) == 1))
+
+
+def test_history_noise_touches_known_frames_only():
+    made = conditioner(history_noise_probability=1.0, history_noise_max=0.5)
+    encoder = made.image_encoder.init(jax.random.key(0))
+    clean = made.condition(encoder, record(4, 3), None, jnp.array([0, 1, 2, 2]), image_tokens=True)
+    noised = made.noise_history(clean, jax.random.key(1))
+    changed = np.asarray(jnp.abs(noised.known - clean.known).max((2, 3, 4)) > 0)
+    np.testing.assert_array_equal(changed, np.asarray(clean.mask[:, :, 0, 0, 0] > 0))
+    assert clean.text_mask[0, : clean.image_tokens].sum() == 0 and clean.text_mask[1].all()
+
+
+def test_the_negative_branch_keeps_the_picture():
+    made = conditioner()
+    encoder = made.image_encoder.init(jax.random.key(0))
+    cond = made.condition(encoder, record(2, 3), None, jnp.array([1, 1]), image_tokens=True)
+    other, n = made.negative(cond), cond.image_tokens
+    np.testing.assert_array_equal(other.text[:, :n], cond.text[:, :n])
+    np.testing.assert_array_equal(other.known, cond.known)
+    assert (other.text[:, n:] == 0).all() and (other.pooled == 0).all() and (cond.text[:, n:] != 0).any()
+
+
+def test_known_counts_are_drawn_and_leave_a_frame_to_predict():
+    known = conditioner(known_frames=(0.25, 0.0, 0.75)).draw_known(jax.random.key(0), (4000, 2, 4, 4, 4))
+    assert set(np.unique(known)) == {0, 1}, "two of two frames are never known"
+    assert 0.7 < float(known.mean()) < 0.8
+
+
+def test_a_weighted_mean_counts_positions_and_channels():
+    values = jnp.arange(12.0).reshape(1, 3, 1, 1, 4)
+    weights = jnp.array([1.0, 0.0, 1.0]).reshape(1, 3, 1, 1, 1)
+    assert weighted_mean(values, weights)[0] == pytest.approx((0 + 1 + 2 + 3 + 8 + 9 + 10 + 11) / 8)
+    assert as_float(jnp.array([255], jnp.uint8)) == 1.0
+
+
+def test_bad_probabilities_are_refused():
+    with pytest.raises(ValueError, match="known_frames are probabilities"):
+        ConditioningConfig(known_frames=(0.5, 0.6))
+    with pytest.raises(ValueError, match="caption_dropout must be between"):
+        ConditioningConfig(caption_dropout=2.0)
