@@ -1,14 +1,21 @@
-"""`python -m magic141_jax.evaluation`: measures a weights folder on the emoji set and prints the card's table.
+"""`python -m magic141_jax.evaluation`: measures weights on the emoji set: one sampler, or several side by side.
 
     python -m magic141_jax.evaluation --weights DIR [--samples N] [--steps N] [--guidance G] [--seed S]
         [--minute K] [--output evaluation.json] [--card CARD.md] [--sheet contact_sheet.png]
+    python -m magic141_jax.evaluation compare --row "teacher=DIR:steps=50,guidance=1.5"
+        --row "student=DIR:steps=4,guidance=1" [--samples N] [--seeds 0,1,2] [--splits train,triples] [--draws K]
+        [--output comparison.json]
 
-With --card, the table replaces what stands between the card's evaluation markers.
+The first prints the card's table; with --card, it replaces what stands between the card's evaluation markers. The
+second holds all rows against the first one; see `magic141_jax.evaluation.compare` for rows and measures.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +26,7 @@ from tqdm import tqdm
 
 from magic141_jax.data.emoji import DEFAULT_PACK, EmojiPack
 from magic141_jax.errors import OneLineParser, UserError, run_entry_point
-from magic141_jax.evaluation import drift, protocol, report
+from magic141_jax.evaluation import compare, drift, protocol, report, standing
 from magic141_jax.evaluation.templates import Search
 from magic141_jax.pipelines.components import DEFAULT
 from magic141_jax.pipelines.options import resolve
@@ -52,11 +59,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv`; raises `UserError` for what the user can mend."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["compare"]:
+        return main_compare(argv[1:])
     args = parse(argv)
     card = None if args.card is None else _read_card(args.card)
-    for path in filter(None, (args.output, args.sheet)):
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"no folder {path.parent} to write {path.name} into")
+    _check_outputs(args.output, args.sheet)
     start = time.perf_counter()
     given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
     options = {k: v for k, v in given.items() if v is not None}
@@ -99,11 +107,7 @@ def evaluate(
     results: dict[str, Any] = {"splits": {}}
     clips = {}
     with tqdm(total=sum(STEPS_PER_SPLIT.values()) + args.minute, unit="step") as bar:
-
-        def progress(text: str) -> None:
-            bar.set_postfix_str(text, refresh=False)
-            bar.update()
-
+        progress = _teller(bar)
         for split in protocol.SPLITS:
             clips[split] = protocol.make_clips(
                 pipeline, pack, split, args.samples, options=options, seed=args.seed, progress=progress
@@ -113,6 +117,68 @@ def evaluate(
             scenes = protocol.draw_scenes(pack, "train", args.minute, seed=args.seed)
             results["minute"] = drift.measure_drift(pipeline, pack, search, scenes, options=options, progress=progress)
     return results, clips
+
+
+def parse_compare(argv: Sequence[str]) -> tuple[argparse.Namespace, tuple[compare.Row, ...], compare.Plan]:
+    """Reads the command line after `compare`; raises `UserError` for what is wrong with it."""
+    parser = OneLineParser(
+        prog="python -m magic141_jax.evaluation compare",
+        description="Holds samplers against the first of them, on the same captions, first frames and noise.",
+    )
+    plan = compare.Plan()
+    row = "label=FOLDER[:steps=N,guidance=G,shift=S,sampler=NAME]; the first is what the others are held against"
+    parser.add_argument("--row", action="append", default=[], metavar="ROW", help=row)
+    parser.add_argument("--samples", type=int, default=plan.samples, metavar="N", help="captions a split and seed")
+    parser.add_argument("--seeds", default="0", metavar="LIST", help="draw captions, first frames and noise: 0,1,2")
+    parser.add_argument("--splits", default=",".join(plan.splits), metavar="LIST", help=", ".join(protocol.SPLITS))
+    parser.add_argument("--draws", type=int, default=plan.draws, metavar="K", help="noises a caption, for diversity")
+    parser.add_argument("--pack", type=Path, default=DEFAULT_PACK, metavar="ZIP", help="the emoji pack")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="write all values here, by seed")
+    args = parser.parse_args(argv)
+    for name in ("samples", "draws"):
+        if not 2 <= getattr(args, name) <= MAX_SAMPLES:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be from 2 to {MAX_SAMPLES}")
+    seeds, splits = compare.read_seeds(args.seeds), compare.read_splits(args.splits)
+    return args, compare.read_rows(args.row), compare.Plan(seeds, splits, args.samples, args.draws)
+
+
+def main_compare(argv: Sequence[str]) -> int:
+    """Runs `compare`; raises `UserError` for what the user can mend."""
+    args, rows, plan = parse_compare(argv)
+    _check_outputs(args.output)
+    start = time.perf_counter()
+    pack, loaded = EmojiPack(args.pack), compare.load_rows(rows)
+    with tqdm(total=compare.progress_steps(rows, plan), unit="step") as bar:
+        results: dict[str, Any] = {"rows": compare.compare(loaded, pack, plan, progress=_teller(bar))}
+    given = [*(f"--row={row}" for row in args.row), f"--samples={args.samples}", f"--draws={args.draws}"]
+    given += [f"--seeds={args.seeds}", f"--splits={args.splits}"]
+    results |= {
+        "standings": {split: standing.standings(results["rows"], split) for split in plan.splits},
+        "settings": dataclasses.asdict(plan),
+        "command": f"python -m magic141_jax.evaluation compare {shlex.join(given)}",
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    if args.output:
+        report.write(args.output, report.to_json(results))
+    print(standing.section(results))
+    print(f"\n{results['seconds']:.0f} s")
+    return 0
+
+
+def _teller(bar: tqdm) -> protocol.Progress:
+    """Tells a progress bar what has just been done."""
+
+    def progress(text: str) -> None:
+        bar.set_postfix_str(text, refresh=False)
+        bar.update()
+
+    return progress
+
+
+def _check_outputs(*paths: Path | None) -> None:
+    for path in filter(None, paths):
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"no folder {path.parent} to write {path.name} into")
 
 
 def _read_card(path: Path) -> str:

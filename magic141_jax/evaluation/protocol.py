@@ -16,7 +16,7 @@ Every value of the result is the mean over a set's captions; those of `truth` an
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from magic141_jax.data.emoji import CANVAS, COLOURS, MOTIONS, EmojiPack, Scene, 
 from magic141_jax.errors import UserError
 from magic141_jax.evaluation import metrics, scorers
 from magic141_jax.evaluation.templates import Search
+from magic141_jax.pipelines.options import PipelineOutput
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 
 SPLITS = ("train", "triples", "subjects")
@@ -91,29 +92,61 @@ def make_clips(
       progress: is told what has been made.
     """
     side, frames = frame_side(pipeline), pipeline.components.sampling.num_frames
-    scenes = draw_scenes(pack, split, count, seed=seed)
-    captions = tuple(caption(pack, s) for s in scenes)
-    truth = np.stack([pack.render(s, size=side, num_frames=frames) for s in scenes]).astype(np.float32) / 255
-    made = {"truth": truth, "vae": _in_batches(round_trip(pipeline), truth)}
+    clips = true_clips(pack, split, count, side=side, num_frames=frames, seed=seed)
+    captions, made, truth = clips.captions, clips.made, clips.made["truth"]
+    made["vae"] = _in_batches(round_trip(pipeline), truth)
     progress(f"{split}: truth")
     seeds = np.arange(seed, seed + count) % MAX_SEED
-
-    def call(function: Callable[..., Any], which: np.ndarray, **arrays: np.ndarray) -> Any:
-        prompts = [captions[i] for i in which]
-        return function(prompts, seed=tuple(int(seeds[i]) for i in which), **options, **arrays)
-
-    made["i2v"] = _in_batches(
-        lambda which: call(pipeline.image_to_video, which, image=truth[which, 0]).frames, np.arange(count)
-    )
+    made["i2v"], _ = generate(pipeline.image_to_video, captions, seeds, options=options, images=truth[:, 0])
     progress(f"{split}: image to video")
     if split != "subjects":
-        made["t2v"], made["image"] = _in_batches(
-            lambda which: _frames_and_images(call(pipeline, which)), np.arange(count)
-        )
-        posters = [pack.render(poster(s.subject, s.colour, s.motion), size=side, num_frames=frames) for s in scenes]
-        made["posters"] = np.stack(posters).astype(np.float32) / 255
+        made["t2v"], made["image"] = generate(pipeline, captions, seeds, options=options)
         progress(f"{split}: text to video")
-    return Clips(scenes, captions, made)
+    return clips
+
+
+def true_clips(pack: EmojiPack, split: str, count: int, *, side: int, num_frames: int, seed: int = 0) -> Clips:
+    """The scenes of a split and their rendered clips.
+
+    `truth` has the unleaky starts; `posters`, unless the subjects are held out, start as a caption's image does.
+    """
+    scenes = draw_scenes(pack, split, count, seed=seed)
+    shown = {"truth": scenes}
+    if split != "subjects":
+        shown["posters"] = tuple(poster(s.subject, s.colour, s.motion) for s in scenes)
+    made = {way: render_clips(pack, of, side=side, num_frames=num_frames) for way, of in shown.items()}
+    return Clips(scenes, tuple(caption(pack, s) for s in scenes), made)
+
+
+def render_clips(pack: EmojiPack, scenes: Sequence[Scene], *, side: int, num_frames: int) -> np.ndarray:
+    """Scenes as float32 frames (n, t, side, side, 3) in [0, 1]."""
+    return np.stack([pack.render(s, size=side, num_frames=num_frames) for s in scenes]).astype(np.float32) / 255
+
+
+def generate(
+    pipeline: Callable[..., PipelineOutput],
+    captions: Sequence[str],
+    seeds: np.ndarray,
+    *,
+    options: Mapping[str, Any],
+    images: np.ndarray | None = None,
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """Calls a pipeline in batches of one size; returns its frames (n, t, y, x, 3) and images (n, y, x, 3).
+
+    Args:
+      pipeline: text to image (whose frames are None), image to video or text to video.
+      captions: n prompts.
+      seeds: (n,) of the noise.
+      options: of the pipeline's calls (steps, guidance).
+      images: (n, y, x, 3), the first frames that image to video takes.
+    """
+
+    def call(which: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+        first = {} if images is None else {"image": images[which]}
+        made = pipeline([captions[i] for i in which], seed=tuple(int(seeds[i]) for i in which), **options, **first)
+        return made.frames, made.images
+
+    return _in_batches(call, np.arange(len(captions)))
 
 
 def evaluate_clips(clips: Clips, search: Search, *, progress: Progress = lambda text: None) -> dict[str, Values]:
@@ -128,7 +161,7 @@ def evaluate_clips(clips: Clips, search: Search, *, progress: Progress = lambda 
         values[way] = clip_values(frames, clips.scenes, reference) | frame_values(frames[:, -1], clips.scenes, search)
         progress(f"{way} scored")
     values["vae"] |= vae_values(clips.made["vae"], truth, clips.scenes)
-    values["i2v"]["first_frame_psnr"] = _mean(metrics.psnr(a, b) for a, b in zip(clips.made["i2v"][:, 0], truth[:, 0]))
+    values["i2v"]["first_frame_psnr"] = mean(metrics.psnr(a, b) for a, b in zip(clips.made["i2v"][:, 0], truth[:, 0]))
     firsts = {"image": clips.made.get("image"), "truth_first": truth[:, 0], "vae_first": clips.made["vae"][:, 0]}
     for way, images in firsts.items():
         if images is not None:
@@ -145,13 +178,13 @@ def frame_values(images: np.ndarray, scenes: Sequence[Scene], search: Search) ->
     """
     found = [scorers.identify(search, image) for image in images]
     return {
-        "identity": _mean(f.shows(s.subject) for f, s in zip(found, scenes, strict=True)),
-        "nearest": _mean(f.near(s.subject, 1) for f, s in zip(found, scenes, strict=True)),
-        "top5": _mean(f.near(s.subject, 5) for f, s in zip(found, scenes, strict=True)),
-        "drawn": _mean(f.drawn for f in found),
-        "subject_psnr": _mean(f.psnr for f in found),
-        "outline": _mean(f.outline for f in found),
-        "colour": _mean(
+        "identity": mean(f.shows(s.subject) for f, s in zip(found, scenes, strict=True)),
+        "nearest": mean(f.near(s.subject, 1) for f, s in zip(found, scenes, strict=True)),
+        "top5": mean(f.near(s.subject, 5) for f, s in zip(found, scenes, strict=True)),
+        "drawn": mean(f.drawn for f in found),
+        "subject_psnr": mean(f.psnr for f in found),
+        "outline": mean(f.outline for f in found),
+        "colour": mean(
             metrics.colour_name(metrics.background(image)) == s.colour for image, s in zip(images, scenes, strict=True)
         ),
     }
@@ -159,10 +192,10 @@ def frame_values(images: np.ndarray, scenes: Sequence[Scene], search: Search) ->
 
 def clip_values(clips: np.ndarray, scenes: Sequence[Scene], reference: np.ndarray) -> Values:
     """Motion of clips (n, t, y, x, 3): the share that moves as the caption says, and its amount to the data's."""
-    amount = _mean(metrics.motion_amount(c) for c in clips)
+    amount = mean(metrics.motion_amount(c) for c in clips)
     return {
-        "motion": _mean(scorers.read_motion(c) == s.motion for c, s in zip(clips, scenes, strict=True)),
-        "motion_amount": amount / max(_mean(metrics.motion_amount(c) for c in reference), 1e-9),
+        "motion": mean(scorers.read_motion(c) == s.motion for c, s in zip(clips, scenes, strict=True)),
+        "motion_amount": amount / max(mean(metrics.motion_amount(c) for c in reference), 1e-9),
     }
 
 
@@ -171,9 +204,9 @@ def vae_values(decoded: np.ndarray, truth: np.ndarray, scenes: Sequence[Scene]) 
     pairs = list(zip(decoded, truth, strict=True))
     masks = [metrics.foreground(t, np.float32(COLOURS[s.colour]) / 255) for t, s in zip(truth, scenes, strict=True)]
     return {
-        "vae_psnr": _mean(metrics.psnr(d, t) for d, t in pairs),
-        "vae_first_psnr": _mean(metrics.psnr(d[0], t[0]) for d, t in pairs),
-        "vae_ssim": _mean(metrics.ssim(d, t) for d, t in pairs),
+        "vae_psnr": mean(metrics.psnr(d, t) for d, t in pairs),
+        "vae_first_psnr": mean(metrics.psnr(d[0], t[0]) for d, t in pairs),
+        "vae_ssim": mean(metrics.ssim(d, t) for d, t in pairs),
         "vae_subject_psnr": float(np.nanmean([metrics.psnr(d, t, m) for (d, t), m in zip(pairs, masks, strict=True)])),
     }
 
@@ -200,8 +233,9 @@ def frame_side(pipeline: TextToVideoPipeline) -> int:
     return sampling.height
 
 
-def _frames_and_images(output: Any) -> tuple[np.ndarray, np.ndarray]:
-    return output.frames, output.images
+def mean(values: Iterable[float]) -> float:
+    """The mean of numbers or truth values."""
+    return float(np.mean([float(v) for v in values]))
 
 
 def _in_batches(function: Callable[[np.ndarray], Any], items: np.ndarray) -> Any:
@@ -212,7 +246,3 @@ def _in_batches(function: Callable[[np.ndarray], Any], items: np.ndarray) -> Any
         batch = items[start : start + size]
         made.append(function(np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])))
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(items)], *made)
-
-
-def _mean(values: Any) -> float:
-    return float(np.mean([float(v) for v in values]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,19 +68,18 @@ def table(results: Mapping[str, Any]) -> str:
     splits = results["splits"]
     names = [s for s in SPLITS if s in splits]
     head = ["", *(COLUMNS[s] for s in names), "goal", "VAE round trip", "ground truth"]
-    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+    lines = []
     for row in ROWS:
-        cells = [_cell(splits[s].get(row.way, {}).get(row.measure), row.form) for s in names]
-        limits = [_cell(_pooled(splits, way, row.measure), row.form) for way in row.ceilings] or ["", ""]
-        lines.append(_line([row.label, *cells, row.goal, *limits]))
-    return "\n".join(lines)
+        cells = [cell(splits[s].get(row.way, {}).get(row.measure), row.form) for s in names]
+        limits = [cell(_pooled(splits, way, row.measure), row.form) for way in row.ceilings] or ["", ""]
+        lines.append([row.label, *cells, row.goal, *limits])
+    return markdown(head, lines)
 
 
 def drift_table(minute: Mapping[str, list[float]]) -> str:
     """The markdown table of `drift.measure_drift`: its measures at some windows, the last among them."""
     count = len(minute["identity"])
     shown = sorted({i for i in (0, 1, 4, 9, 19) if i < count} | {count - 1})
-    lines = [_line(["end of window", *(str(i + 1) for i in shown)]), _line(["---", *["---:"] * len(shown)])]
     forms = {"colour_error": "{:.0f}", "subject_psnr": "{:.1f}"}
     labels = {
         "identity": "subject identity",
@@ -89,9 +88,8 @@ def drift_table(minute: Mapping[str, list[float]]) -> str:
         "subject_psnr": "PSNR of the subject to the nearest emoji (dB)",
         "sharpness": "sharpness / the emoji's",
     }
-    for name, label in labels.items():
-        lines.append(_line([label, *(_cell(minute[name][i], forms.get(name, "{:.2f}")) for i in shown)]))
-    return "\n".join(lines)
+    lines = [[label, *(cell(minute[k][i], forms.get(k, "{:.2f}")) for i in shown)] for k, label in labels.items()]
+    return markdown(["end of window", *(str(i + 1) for i in shown)], lines)
 
 
 def section(results: Mapping[str, Any]) -> str:
@@ -161,15 +159,18 @@ def write(path: Path, content: str | Image.Image) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A markdown table, all columns but the first to the right."""
+    rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def cell(value: float | None, form: str) -> str:
+    """A value in its form; a dash where there is none."""
+    return "–" if value is None or not math.isfinite(value) else form.format(value)
+
+
 def _pooled(splits: Mapping[str, Any], way: str, measure: str) -> float | None:
     """The mean over the splits that have the value: they have equally many captions."""
     values = [v[way][measure] for v in splits.values() if measure in v.get(way, {})]
     return float(np.mean(values)) if values else None
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "–" if value is None or not math.isfinite(value) else form.format(value)
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

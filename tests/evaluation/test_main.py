@@ -5,7 +5,7 @@ import json
 import pytest
 
 from magic141_jax.errors import UserError
-from magic141_jax.evaluation import report
+from magic141_jax.evaluation import report, standing
 from magic141_jax.evaluation.__main__ import main
 
 
@@ -23,6 +23,47 @@ def test_table_card_sheet_and_json(weights_folder, tmp_path, capsys):
     assert table in capsys.readouterr().out
     assert card.read_text().endswith("rest\n")
     assert sheet.stat().st_size > 1000
+
+
+@pytest.mark.heavy
+def test_compare(weights_folder, tmp_path, capsys):
+    output = tmp_path / "comparison.json"
+    rows = [f"teacher={weights_folder}:steps=2,guidance=1.5", f"student={weights_folder}:steps=1"]
+    flags = ["--row", rows[0], "--row", rows[1], "--samples", 2, "--draws", 2, "--seeds", "0,1", "--splits", "train"]
+    assert main(["compare", *map(str, flags), "--output", str(output)]) == 0
+    results = json.loads(output.read_text())
+    assert list(results["rows"]) == ["teacher", "student"]
+    teacher, student = (row["values"]["train"] for row in results["rows"].values())
+    assert list(teacher) == list(student) == ["0", "1"]
+    assert [v["1"]["t2v"]["evaluations"] for v in (teacher, student)] == [8, 2]
+    psnr = [[v[seed]["i2v"]["first_frame_psnr"] for seed in "01"] for v in (teacher, student)]
+    assert psnr[0] == pytest.approx(psnr[1], abs=0.1)
+    assert psnr[0][0] != psnr[0][1]
+    assert results["standings"]["train"]["student"]["met"] is False
+    printed = capsys.readouterr().out
+    assert standing.section(results) in printed
+    assert "- student against teacher: " in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "at least two --row"),
+        (["--row", "a=default"], "at least two --row"),
+        (["--row", "a=x", "--row", "b=missing/weights/here"], "no weights folder"),
+        (["--samples", "1"], "--samples is 1"),
+        (["--draws", "1"], "--draws is 1"),
+        (["--seeds", "0,x"], "--seeds is '0,x'"),
+        (["--splits", "tests"], "--splits names 'tests'"),
+        (["--row", "a=x", "--row", "b=x", "--output", "missing/c.json"], "no folder missing"),
+        (["--rwo", "x"], "unrecognized"),
+    ],
+)
+def test_bad_flags_of_compare(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    with pytest.raises(UserError, match=message):
+        main(["compare", *flags])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,315 @@
+"""Several samplers, of one or several weights folders, on the same captions, first frames and noise.
+
+A row is a sampler: `label=FOLDER:steps=50,guidance=1.5`, with the keys of `KEYS`; what is left out is as the weights
+were made for. For every seed and split, each row makes two kinds of clips of the same scenes (`protocol`):
+
+    i2v   from the rendered clip's first frame, which says nothing about the motion
+    t2v   from the row's own text-to-image picture of the caption
+
+and, of the first captions, further draws under other noise. Measures of a kind, means over captions:
+
+    first_*, last_*    `protocol.frame_values` of the first and the last frame; i2v is given its first, so that one
+                       has first_frame_psnr instead
+    motion             share of the clips that move as the caption says
+    motion_amount      over that of true clips
+    frechet            `features.frechet` to true clips of the same scenes (t2v: started as a caption's picture is)
+    diversity          `features.diversity` over noises: of the pictures (t2v), of the clips (i2v)
+    dit_seconds        of the transformer alone a clip, in batches of one size: t2v is picture and clip
+    evaluations        of the network a clip, both passes of guidance counted
+
+DiT seconds are the median over batches without the first; the engine keeps text, VAE and compilation apart. Seeds are
+the outer loop, so that what else the machine does falls on all rows alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from magic141_jax.data.emoji import EmojiPack
+from magic141_jax.errors import UserError, nearest
+from magic141_jax.evaluation import features, metrics, protocol
+from magic141_jax.evaluation.protocol import BATCH, MAX_SEED, SPLITS, Clips, Progress, Values
+from magic141_jax.evaluation.templates import Search
+from magic141_jax.models.mmdit import MMDiTConfig
+from magic141_jax.pipelines.components import find_folder
+from magic141_jax.pipelines.options import PipelineOutput, SamplingOptions, resolve
+from magic141_jax.pipelines.text_to_image import Pipeline
+from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
+
+KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "steps": ("num_inference_steps", int),
+    "guidance": ("guidance_scale", float),
+    "shift": ("shift", float),
+    "sampler": ("sampler", str),
+}
+FORM = "a row is label=FOLDER or label=FOLDER:steps=4,guidance=1"
+REFERENCE = 128  # true clips that the units of the features come from
+REFERENCE_SEED, NOISE_SEED = 1410, 141
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A sampler to compare: its label, its weights (a folder, "default" or a Hub id) and its sampling options."""
+
+    label: str
+    weights: str
+    options: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """On what the rows are compared: `samples` captions of each split for each seed, `draws` noises for diversity."""
+
+    seeds: tuple[int, ...] = (0,)
+    splits: tuple[str, ...] = ("train", "triples")
+    samples: int = 32
+    draws: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A row with its pipeline, which rows of one folder share, and its resolved options."""
+
+    row: Row
+    pipeline: TextToVideoPipeline
+    resolved: SamplingOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """What all rows are measured with."""
+
+    search: Search
+    space: features.FeatureSpace
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What a row made of one split and seed, by kind ("i2v", "t2v").
+
+    Attributes:
+      clips: (n, t, y, x, 3).
+      draws: at least two arrays (m, t, y, x, 3) of the first m captions under other noise; pictures for t2v.
+      seconds: of the transformer, a clip.
+    """
+
+    clips: dict[str, np.ndarray]
+    draws: dict[str, list[np.ndarray]]
+    seconds: dict[str, float]
+
+
+def read_rows(texts: Sequence[str]) -> tuple[Row, ...]:
+    """Rows as the command line gives them; raises `UserError` for a wrong form or key, and for equal labels."""
+    rows = tuple(_read_row(text) for text in texts)
+    if len(rows) < 2:
+        raise UserError("a comparison takes at least two --row: the others are held against the first")
+    labels = [row.label for row in rows]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"{labels.count(label)} rows are named {label!r}; give each its own label")
+    return rows
+
+
+def read_seeds(text: str) -> tuple[int, ...]:
+    """ "0,1,2" -> (0, 1, 2); raises `UserError` for what isn't a number, is out of range or comes twice."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(re.fullmatch(r"\d{1,10}", word) and int(word) <= MAX_SEED for word in words):
+        raise UserError(f"--seeds is {text!r}; write numbers from 0 to {MAX_SEED}, such as 0,1,2")
+    return _once(tuple(int(word) for word in words), "--seeds")
+
+
+def read_splits(text: str) -> tuple[str, ...]:
+    """ "train,triples" -> ("train", "triples"); raises `UserError` for an unknown split or one that comes twice."""
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if word not in SPLITS:
+            raise UserError(f"--splits names {word!r}.{nearest(word, SPLITS)}")
+    return _once(tuple(words), "--splits")
+
+
+def load_rows(rows: Sequence[Row]) -> tuple[Loaded, ...]:
+    """Loads every folder once; raises `UserError`, before anything is sampled, for what can't be compared."""
+    folders = [find_folder(row.weights).resolve() for row in rows]
+    pipelines = {folder: TextToVideoPipeline.from_pretrained(folder) for folder in dict.fromkeys(folders)}
+    loaded = []
+    for row, folder in zip(rows, folders, strict=True):
+        try:
+            loaded.append(Loaded(row, pipelines[folder], resolve(row.options, pipelines[folder].components)))
+            protocol.frame_side(pipelines[folder])
+        except UserError as error:
+            raise UserError(f"row {row.label}: {error}") from None
+    first, *others = loaded
+    for other in others:
+        if _shape(other) != _shape(first):
+            raise UserError(
+                f"row {other.row.label} makes clips of (frames, height, width) {_shape(other)} and row "
+                f"{first.row.label} of {_shape(first)}; only clips of one shape can be compared"
+            )
+    return tuple(loaded)
+
+
+def compare(
+    loaded: Sequence[Loaded], pack: EmojiPack, plan: Plan, *, progress: Progress = lambda text: None
+) -> dict[str, Any]:
+    """Measures all rows.
+
+    Returns:
+      by label: weights (their digest), settings, and values[split][seed][kind][measure].
+    """
+    num_frames, side, _ = _shape(loaded[0])
+    known = protocol.draw_scenes(pack, "train", REFERENCE, seed=REFERENCE_SEED)
+    true = protocol.render_clips(pack, known, side=side, num_frames=num_frames)
+    judge = Judge(Search(pack, side), features.FeatureSpace.of(true))
+    values: dict[str, dict[str, Any]] = {x.row.label: {split: {} for split in plan.splits} for x in loaded}
+    for seed in plan.seeds:
+        for split in plan.splits:
+            clips = protocol.true_clips(pack, split, plan.samples, side=side, num_frames=num_frames, seed=seed)
+            noises = noise_seeds(seed, split, plan.samples, draws=plan.draws)
+            for row in loaded:
+                name = row.row.label
+                made = make(row, clips, noises)
+                progress(f"{name}, {split}, seed {seed}: made")
+                values[name][split][str(seed)] = measure(made, clips, judge, resolved=row.resolved, config=_config(row))
+                progress(f"{name}, {split}, seed {seed}: measured")
+    return {
+        x.row.label: {
+            "weights": x.pipeline.components.digest,
+            "settings": {name: getattr(x.resolved, name) for name, _ in KEYS.values()},
+            "values": values[x.row.label],
+        }
+        for x in loaded
+    }
+
+
+def progress_steps(rows: Sequence[Row], plan: Plan) -> int:
+    """How often `compare` tells its progress."""
+    return 2 * len(rows) * len(plan.seeds) * len(plan.splits)
+
+
+def noise_seeds(seed: int, split: str, count: int, *, draws: int) -> np.ndarray:
+    """(draws, count) seeds of noise, the same for all rows; no two seeds of a comparison share any."""
+    return np.random.default_rng((NOISE_SEED, seed, SPLITS.index(split))).integers(MAX_SEED, size=(draws, count))
+
+
+def make(row: Loaded, clips: Clips, noises: np.ndarray) -> Made:
+    """Samples a row: clips under noises[0], and draws of the first captions, of one batch, under each of `noises`.
+
+    Text to video is called as its two halves, so that the clock sees the transformer alone; the result is the same.
+    Held-out subjects, which no caption can name, are only animated.
+    """
+    spent: dict[str, list[float]] = {"image": [], "video": []}
+    text_to_image = _timed(row.pipeline.text_to_image, "image", spent["image"])
+    image_to_video = _timed(row.pipeline.image_to_video, "video", spent["video"])
+    firsts, captions, options = clips.made["truth"][:, 0], clips.captions, row.row.options
+    several = min(BATCH, len(captions))
+
+    def animate(images: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        count = len(seeds)
+        return protocol.generate(image_to_video, captions[:count], seeds, options=options, images=images[:count])[0]
+
+    def draw_images(seeds: np.ndarray) -> np.ndarray:
+        return protocol.generate(text_to_image, captions[: len(seeds)], seeds, options=options)[1]
+
+    made = {"i2v": animate(firsts, noises[0])}
+    draws = {"i2v": [made["i2v"][:several], *(animate(firsts, more[:several]) for more in noises[1:])]}
+    if "posters" in clips.made:
+        images = draw_images(noises[0])
+        made["t2v"] = animate(images, noises[0])
+        pictures = [images[:several], *(draw_images(more[:several]) for more in noises[1:])]
+        draws["t2v"] = [picture[:, None] for picture in pictures]
+    seconds = {"i2v": float(np.median(spent["video"][1:]))}
+    if "t2v" in made:
+        seconds["t2v"] = seconds["i2v"] + float(np.median(spent["image"][1:]))
+    return Made(made, draws, seconds)
+
+
+def measure(
+    made: Made, clips: Clips, judge: Judge, *, resolved: SamplingOptions, config: MMDiTConfig
+) -> dict[str, Values]:
+    """The measures of the module docstring, by kind."""
+    values = {}
+    for kind, frames in made.clips.items():
+        true = clips.made["truth" if kind == "i2v" else "posters"]
+        found = {f"last_{k}": v for k, v in protocol.frame_values(frames[:, -1], clips.scenes, judge.search).items()}
+        if kind == "i2v":
+            found["first_frame_psnr"] = protocol.mean(
+                metrics.psnr(a, b) for a, b in zip(frames[:, 0], true[:, 0], strict=True)
+            )
+        else:
+            first = protocol.frame_values(frames[:, 0], clips.scenes, judge.search)
+            found |= {f"first_{k}": v for k, v in first.items()}
+        space = judge.space
+        values[kind] = found | {
+            **protocol.clip_values(frames, clips.scenes, true),
+            "frechet": features.frechet(space.statistics(frames), space.statistics(true)),
+            "diversity": features.diversity([space.maps(draw) for draw in made.draws[kind]]),
+            "dit_seconds": made.seconds[kind],
+            "evaluations": evaluations(resolved, config) * (1 if kind == "i2v" else 2),
+        }
+    return values
+
+
+def evaluations(options: SamplingOptions, config: MMDiTConfig) -> int:
+    """How often the network is run for one picture or clip: by sampler and steps, twice with guidance unless the
+    network is told its scale.
+    """
+    steps = options.num_inference_steps
+    walked = 2 * steps - 1 if options.sampler == "heun" else steps  # Heun's last step is an Euler step
+    return walked * (1 if options.guidance_scale == 1 or config.guidance_embedding else 2)
+
+
+def _timed(pipeline: Pipeline, label: str, spent: list[float]) -> Callable[..., PipelineOutput]:
+    """The pipeline; each call adds its engine's seconds a prompt under `label` to `spent`."""
+
+    def run(prompts: Sequence[str], **options: Any) -> PipelineOutput:
+        before = pipeline.engine.seconds[label]
+        made = pipeline(prompts, **options)
+        spent.append((pipeline.engine.seconds[label] - before) / len(prompts))
+        return made
+
+    return run
+
+
+def _read_row(text: str) -> Row:
+    label, _, source = text.partition("=")
+    weights, colon, listed = source.rpartition(":") if ":" in source else (source, "", "")
+    label, weights = label.strip(), weights.strip()
+    if not label or not weights or "|" in label or "\n" in label:
+        raise UserError(f"can't read the row {text!r}; {FORM}")
+    options = {}
+    for item in listed.split(",") if colon else ():
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise UserError(f"row {label}: {item!r} is no key=value; {FORM}")
+        if key not in KEYS:
+            raise UserError(f"row {label}: unknown key {key!r}.{nearest(key, KEYS)}")
+        name, kind = KEYS[key]
+        if name in options:
+            raise UserError(f"row {label}: {key} is given twice")
+        try:
+            options[name] = kind(value)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise UserError(f"row {label}: {key} is {value!r}; it must be {what}") from None
+    return Row(label, weights, options)
+
+
+def _once(values: tuple[Any, ...], flag: str) -> tuple[Any, ...]:
+    for value in values:
+        if values.count(value) > 1:
+            raise UserError(f"{flag} names {value} twice")
+    return values
+
+
+def _shape(row: Loaded) -> tuple[int, int, int]:
+    """(frames, height, width) of a clip."""
+    return row.resolved.num_frames, row.resolved.height, row.resolved.width
+
+
+def _config(row: Loaded) -> MMDiTConfig:
+    return row.pipeline.components.transformer.network.config

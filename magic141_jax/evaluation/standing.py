@@ -1,0 +1,177 @@
+"""How compared rows stand: a table, and a line for every later row that holds it against the first (the teacher).
+
+The goal of a distilled sampler is to be at least as good as its teacher: `ASPECTS` says by which measures and by how
+much it may fall short. Differences and ratios are formed seed by seed, on the same captions, first frames and noise,
+so their deviation is that of the comparison, not of the captions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from magic141_jax.evaluation.report import COLUMNS, cell, markdown
+
+KINDS = {"t2v": "T2V", "i2v": "I2V"}
+GOAL = (
+    "Goal: at least as good as the first row (within 1 point or 0.5 dB), at least 95 % of its motion and 85 % of its "
+    "diversity, and video from text in at least 10 times less DiT time."
+)
+NOTES = (
+    "Means over captions. Identity, *nearest*, motion: as in the model card. Fréchet distance: of our own 18 "
+    "appearance and change statistics, to true clips of the same scenes; 0 is best, and it is comparable at equal "
+    "numbers of captions only. Diversity: distance of samples of a caption under several noises, over the first row's "
+    "(T2V: of the pictures). DiT seconds: the transformer alone, a clip, compiled, in batches of one size (T2V: "
+    "picture and clip). Evaluations: of the network, a clip, both passes of guidance."
+)
+ROUNDING = 1e-9
+
+
+class Column(NamedTuple):
+    """A column of the table: its head, its measure, its form, and whether it is relative to the first row."""
+
+    label: str
+    measure: str
+    form: str = "{:.2f}"
+    relative: bool = False
+
+
+TABLE = (
+    Column("identity, first", "first_identity"),
+    Column("identity, last", "last_identity"),
+    Column("nearest, first", "first_nearest"),
+    Column("nearest, last", "last_nearest"),
+    Column("colour, last", "last_colour"),
+    Column("direction", "motion"),
+    Column("PSNR of the first frame (dB)", "first_frame_psnr", "{:.1f}"),
+    Column("amount of motion / the data's", "motion_amount"),
+    Column("diversity / the first row's", "diversity", relative=True),
+    Column("Fréchet distance", "frechet"),
+    Column("evaluations", "evaluations", "{:.0f}"),
+    Column("DiT seconds", "dit_seconds", "{:.3g}"),
+)
+
+
+class Against(NamedTuple):
+    """How a value is held against the first row's: what it makes of both, and how that is written."""
+
+    of: Callable[[float, float], float]
+    form: str
+    unit: str
+
+
+POINTS = Against(lambda a, b: 100 * (a - b), "{:+.1f}", "points")
+DECIBELS = Against(lambda a, b: a - b, "{:+.1f}", "dB")
+PERCENT = Against(lambda a, b: 100 * _ratio(a, b), "{:.0f}", "%")
+TIMES = Against(lambda a, b: _ratio(b, a), "{:.1f}", "times the speed")
+
+
+class Aspect(NamedTuple):
+    """A measure that the goal is about: the least that `against` may give, in the kinds that the goal is about."""
+
+    label: str
+    measure: str
+    against: Against
+    least: float
+    judged: tuple[str, ...] = ("t2v", "i2v")
+
+
+ASPECTS = (
+    Aspect("identity in the first frame", "first_identity", POINTS, -1),
+    Aspect("identity in the last", "last_identity", POINTS, -1),
+    Aspect("colour", "last_colour", POINTS, -1),
+    Aspect("direction", "motion", POINTS, -1),
+    Aspect("first frame", "first_frame_psnr", DECIBELS, -0.5),
+    Aspect("motion", "motion_amount", PERCENT, 95),
+    Aspect("diversity", "diversity", PERCENT, 85),
+    Aspect("DiT", "dit_seconds", TIMES, 10, ("t2v",)),
+)
+
+
+def section(results: Mapping[str, Any]) -> str:
+    """What is printed: for each split the tables of its kinds, and below them how the later rows stand.
+
+    `results` has `rows` (`compare.compare`), `settings` and `command`.
+    """
+    rows, how = results["rows"], results["settings"]
+    seeds = ", ".join(map(str, how["seeds"]))
+    many = "; mean ± deviation over seeds" if len(how["seeds"]) > 1 else ""
+    lines = [f"{how['samples']} captions a seed, {how['draws']} noises for diversity, seeds {seeds}{many}."]
+    for split in how["splits"]:
+        for kind, name in KINDS.items():
+            if kind in _by_seed(rows, split)[0][0]:
+                lines += ["", f"{name}, {COLUMNS[split]}:", "", table(rows, split, kind)]
+        lines += ["", *(f"- {line}" for line in standing_lines(rows, split))]
+    return "\n".join([*lines, "", GOAL, "", NOTES])
+
+
+def table(rows: Mapping[str, Any], split: str, kind: str) -> str:
+    """The markdown table of one split and kind, one row a line."""
+    values = [[seed[kind] for seed in row] for row in _by_seed(rows, split)]
+    shown = [c for c in TABLE if c.measure in values[0][0]]
+    lines = []
+    for (label, row), of in zip(rows.items(), values, strict=True):
+        how = row["settings"]
+        cells = []
+        for column in shown:
+            numbers = [v[column.measure] for v in of]
+            if column.relative:
+                numbers = [_ratio(n, v[column.measure]) for n, v in zip(numbers, values[0], strict=True)]
+            cells.append(spread(numbers, column.form))
+        lines.append([label, str(how["num_inference_steps"]), f"{how['guidance_scale']:g}", *cells])
+    return markdown(["", "steps", "guidance", *(c.label for c in shown)], lines)
+
+
+def standings(rows: Mapping[str, Any], split: str) -> dict[str, dict[str, Any]]:
+    """Of every later row, by label: `aspects` by "kind measure" (values by seed), `missed`, and whether all is `met`.
+
+    A measure that a split lacks is left out; one that can't be held against the first row's (nan) is missed.
+    """
+    first, *others = _by_seed(rows, split)
+    made = {}
+    for label, of in zip(list(rows)[1:], others, strict=True):
+        aspects, missed = {}, []
+        for aspect in ASPECTS:
+            for kind in (k for k in KINDS if aspect.measure in of[0].get(k, {})):
+                pairs = zip(of, first, strict=True)
+                found = [aspect.against.of(a[kind][aspect.measure], b[kind][aspect.measure]) for a, b in pairs]
+                aspects[f"{kind} {aspect.measure}"] = found
+                if kind in aspect.judged and not np.mean(found) >= aspect.least - ROUNDING:
+                    missed.append(f"{KINDS[kind]} {aspect.label}")
+        made[label] = {"aspects": aspects, "missed": missed, "met": not missed}
+    return made
+
+
+def standing_lines(rows: Mapping[str, Any], split: str) -> list[str]:
+    """One line for every later row: how it stands against the first, and whether it meets the goal."""
+    lines = []
+    for label, found in standings(rows, split).items():
+        parts = []
+        for aspect in ASPECTS:
+            of = {k: found["aspects"].get(f"{k} {aspect.measure}") for k in KINDS}
+            told = [f"{KINDS[k]} {spread(v, aspect.against.form)}" for k, v in of.items() if v is not None]
+            if told:
+                parts.append(f"{aspect.label} {', '.join(told)} {aspect.against.unit}")
+        verdict = "meets the goal" if found["met"] else f"misses the goal: {', '.join(found['missed'])}"
+        lines.append(f"{label} against {next(iter(rows))}: {'; '.join(parts)}. **{verdict}**")
+    return lines
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """The mean of the values of all seeds, ± their sample deviation where there are two or more; counts have none."""
+    mean = cell(float(np.mean(values)), form)
+    if len(values) < 2 or isinstance(values[0], int) or not math.isfinite(np.sum(values)):
+        return mean
+    return f"{mean} ± {cell(float(np.std(values, ddof=1)), form.replace('+', ''))}"
+
+
+def _by_seed(rows: Mapping[str, Any], split: str) -> list[list[Mapping[str, Any]]]:
+    """The values of a split: [row][seed], by kind and measure."""
+    return [list(row["values"][split].values()) for row in rows.values()]
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else math.nan

@@ -1,0 +1,202 @@
+"""Rows from the command line; then samples and measures with tiny random weights and with true clips."""
+
+import collections
+import dataclasses
+import json
+import shutil
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magic141_jax.diffusion import guidance, samplers, timesteps
+from magic141_jax.diffusion.conditioning import Conditioning
+from magic141_jax.errors import UserError
+from magic141_jax.evaluation import compare, metrics, protocol
+from magic141_jax.evaluation.compare import Loaded, Made, Plan, Row
+from magic141_jax.evaluation.features import FeatureSpace
+from magic141_jax.pipelines.options import PipelineOutput, SamplingOptions, resolve
+
+
+def test_rows():
+    texts = ["teacher = some/dir : steps=50, guidance=1.5", "a b=default", "c=x:shift=3,sampler=renoise"]
+    assert compare.read_rows(texts) == (
+        Row("teacher", "some/dir", {"num_inference_steps": 50, "guidance_scale": 1.5}),
+        Row("a b", "default", {}),
+        Row("c", "x", {"shift": 3.0, "sampler": "renoise"}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], "at least two --row"),
+        (["a=default"], "at least two --row"),
+        (["a=x", "b=x", "a=y"], "2 rows are named 'a'"),
+        (["a", "b=x"], "can't read the row 'a'; a row is label=FOLDER"),
+        (["=x", "b=x"], "can't read the row"),
+        (["a=:steps=1", "b=x"], "can't read the row"),
+        (["a|b=x", "b=x"], "can't read the row"),
+        (["a=x:stpes=4", "b=x"], "row a: unknown key 'stpes'. Did you mean 'steps'"),
+        (["a=x:4", "b=x"], "row a: '4' is no key=value"),
+        (["a=x:", "b=x"], "row a: '' is no key=value"),
+        (["a=x:steps=4.5", "b=x"], "row a: steps is '4.5'; it must be a whole number"),
+        (["a=x:guidance=no", "b=x"], "row a: guidance is 'no'; it must be a number"),
+        (["a=x:steps=4,steps=5", "b=x"], "row a: steps is given twice"),
+    ],
+)
+def test_bad_rows(texts, message):
+    with pytest.raises(UserError) as raised:
+        compare.read_rows(texts)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_seeds_and_splits():
+    assert compare.read_seeds("0, 7,12") == (0, 7, 12)
+    assert compare.read_splits("triples, train") == ("triples", "train")
+    for text in ("", "a", "1,", "-1", "1.5", "99999999999"):
+        with pytest.raises(UserError, match="--seeds is"):
+            compare.read_seeds(text)
+    with pytest.raises(UserError, match="Did you mean 'train'"):
+        compare.read_splits("trian")
+    with pytest.raises(UserError, match="--seeds names 1 twice"):
+        compare.read_seeds("1,01")
+    with pytest.raises(UserError, match="--splits names train twice"):
+        compare.read_splits("train,train")
+
+
+def test_noise_is_the_same_for_all_rows_and_differs_elsewhere():
+    drawn = compare.noise_seeds(3, "train", 5, draws=2)
+    np.testing.assert_array_equal(drawn, compare.noise_seeds(3, "train", 5, draws=2))
+    others = [compare.noise_seeds(4, "train", 5, draws=2), compare.noise_seeds(3, "triples", 5, draws=2)]
+    assert len(np.unique([drawn, *others])) == 30
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "renoise"])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_evaluations_are_those_of_the_sampler(sampler, scale):
+    """Counted on the host, while a velocity of nothing is walked."""
+    counted = []
+
+    def velocity(x, t, cond):
+        jax.debug.callback(lambda: counted.append(1 if len(x) == 1 else 2))
+        return 0.1 * x
+
+    cond = Conditioning(
+        jnp.ones((1, 2, 3)), jnp.ones((1, 2), bool), jnp.ones((1, 3)), jnp.zeros((1, 2, 2, 2, 1)),
+        jnp.zeros((1, 2, 2, 2, 1)),
+    )  # fmt: skip
+    walked = guidance.guided(velocity, cond, scale)
+    key = jax.random.key(0)
+    samplers.sample(walked, cond, cond.known, timesteps.grid(3, 2.0), sampler=sampler, key=key)
+    jax.effects_barrier()
+    options = SamplingOptions(num_inference_steps=3, sampler=sampler, guidance_scale=scale)
+    assert compare.evaluations(options, SimpleNamespace(guidance_embedding=False)) == sum(counted)
+
+
+def test_a_network_that_is_told_the_scale_runs_once():
+    options = SamplingOptions(num_inference_steps=3, sampler="euler", guidance_scale=6.0)
+    assert compare.evaluations(options, SimpleNamespace(guidance_embedding=True)) == 3
+
+
+class Fake:
+    """A pipeline that takes 3 s of transformer a prompt, 100 s the first time, and 50 s of anything else."""
+
+    def __init__(self, label):
+        self.engine, self.label, self.calls = SimpleNamespace(seconds=collections.Counter()), label, 0
+
+    def __call__(self, prompts, *, seed, image=None, num_inference_steps=1):
+        self.calls += 1
+        self.engine.seconds[self.label] += (3 if self.calls > 1 else 100) * len(prompts)
+        self.engine.seconds["compile"] += 50
+        images = np.zeros((len(prompts), 2, 2, 3)) + np.reshape(seed, (-1, 1, 1, 1)) if image is None else image
+        frames = None if image is None else np.stack([images, images + np.reshape(seed, (-1, 1, 1, 1))], 1)
+        return PipelineOutput(images=images, frames=frames)
+
+
+@pytest.mark.parametrize("count", [3, 20])
+def test_samples_and_seconds(count):
+    both = SimpleNamespace(text_to_image=Fake("image"), image_to_video=Fake("video"))
+    true = np.full((count, 2, 2, 2, 3), 0.5)
+    clips = protocol.Clips((), tuple(f"caption {i}" for i in range(count)), {"truth": true, "posters": true})
+    noises = np.arange(2 * count).reshape(2, count) + 1
+    made = compare.make(Loaded(Row("a", "x", {"num_inference_steps": 2}), both, None), clips, noises)
+    varied = min(count, protocol.BATCH)
+    assert made.seconds == {"i2v": 3, "t2v": 6}
+    np.testing.assert_array_equal(made.clips["i2v"][:, 1, 0, 0, 0], 0.5 + noises[0])
+    np.testing.assert_array_equal(made.clips["t2v"][:, :, 0, 0, 0], np.stack([noises[0], 2 * noises[0]], 1))
+    np.testing.assert_array_equal(np.stack(made.draws["i2v"])[:, :, 1, 0, 0, 0], 0.5 + noises[:, :varied])
+    np.testing.assert_array_equal(np.stack(made.draws["t2v"])[..., 0, 0, 0, 0], noises[:, :varied])
+    held_out = protocol.Clips((), clips.captions, {"truth": true})
+    assert set(compare.make(Loaded(Row("a", "x", {}), both, None), held_out, noises).clips) == {"i2v"}
+
+
+def test_text_to_video_by_halves_is_text_to_video(pipeline, pack):
+    row = Row("a", "x", {"num_inference_steps": 1})
+    clips = protocol.true_clips(pack, "train", 2, side=32, num_frames=9)
+    noises = compare.noise_seeds(0, "train", 2, draws=2)
+    made = compare.make(Loaded(row, pipeline, resolve(row.options, pipeline.components)), clips, noises)
+    seed = tuple(map(int, noises[0]))
+    whole = pipeline(list(clips.captions), seed=seed, num_inference_steps=1)
+    np.testing.assert_allclose(made.clips["t2v"], whole.frames, atol=1e-6)
+    np.testing.assert_allclose(made.draws["t2v"][0][:, 0], whole.images, atol=1e-6)
+    assert made.seconds["t2v"] > made.seconds["i2v"] > 0
+    assert np.abs(made.draws["i2v"][0] - made.draws["i2v"][1]).max() > 0.01
+
+
+def test_true_clips_have_the_best_values(pack, search, moving):
+    scenes = tuple(moving[::5])
+    true = protocol.render_clips(pack, scenes, side=64, num_frames=17)
+    posters = protocol.render_clips(pack, [dataclasses.replace(s, size=40.0) for s in scenes], side=64, num_frames=17)
+    clips = protocol.Clips(scenes, ("",) * len(scenes), {"truth": true, "posters": posters})
+    judge = compare.Judge(search, FeatureSpace.of(true))
+    made = Made({"i2v": true, "t2v": posters}, {"i2v": [true, true], "t2v": [posters, true]}, {"i2v": 1.0, "t2v": 3.0})
+    options = SamplingOptions(num_inference_steps=4, sampler="euler", guidance_scale=1.0)
+    config = SimpleNamespace(guidance_embedding=False)
+    found = compare.measure(made, clips, judge, resolved=options, config=config)
+    for kind in ("i2v", "t2v"):
+        best = {"last_identity": 1, "last_nearest": 1, "last_colour": 1, "motion": 1, "motion_amount": 1, "frechet": 0}
+        assert {k: found[kind][k] for k in best} == pytest.approx(best, abs=1e-6)
+    assert (found["t2v"]["first_identity"], found["t2v"]["first_nearest"]) == (1, 1)
+    assert found["i2v"]["first_frame_psnr"] == metrics.PSNR_CEILING
+    assert (found["i2v"]["diversity"], found["t2v"]["diversity"] > 0) == (0, True)
+    assert [(found[k]["evaluations"], found[k]["dit_seconds"]) for k in ("i2v", "t2v")] == [(4, 1), (8, 3)]
+
+
+def test_rows_of_one_folder_share_a_pipeline(weights_folder, monkeypatch):
+    monkeypatch.chdir(weights_folder.parent)
+    rows = (Row("a", str(weights_folder), {"guidance_scale": 2.0}), Row("b", weights_folder.name, {}))
+    first, second = compare.load_rows(rows)
+    assert first.pipeline is second.pipeline
+    assert (first.resolved.guidance_scale, second.resolved.guidance_scale) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Row("b", "missing/weights/here", {}), "no weights folder missing/weights/here"),
+        (Row("b", "", {"num_inference_steps": 0}), "row b: num_inference_steps is 0"),
+        (Row("b", "", {"sampler": "oiler"}), "row b: options.sampler is 'oiler'. Did you mean 'euler'"),
+    ],
+)
+def test_rows_that_can_not_be_loaded(row, message, weights_folder):
+    rows = (Row("a", str(weights_folder), {}), Row("b", row.weights or str(weights_folder), row.options))
+    with pytest.raises(UserError, match=message):
+        compare.load_rows(rows)
+
+
+def test_rows_of_another_shape(weights_folder, tmp_path):
+    other = shutil.copytree(weights_folder, tmp_path / "other")
+    index = json.loads((other / "model_index.json").read_text())
+    index["sampling"]["num_frames"] = 5
+    (other / "model_index.json").write_text(json.dumps(index))
+    rows = (Row("a", str(weights_folder), {}), Row("b", str(other), {}))
+    with pytest.raises(UserError, match=r"row b makes clips of .*\(5, 32, 32\) and row a of \(9, 32, 32\).*one shape"):
+        compare.load_rows(rows)
+
+
+def test_progress_is_told_as_often_as_announced():
+    assert compare.progress_steps((Row("a", "x", {}),) * 3, Plan(seeds=(0, 1), splits=("train",))) == 12

@@ -1,0 +1,143 @@
+"""Tables and verdicts from made-up values."""
+
+import math
+
+import pytest
+
+from magic141_jax.evaluation import standing
+
+TEACHER = {
+    "t2v": {
+        "first_identity": 0.9,
+        "last_identity": 0.85,
+        "last_colour": 1.0,
+        "motion": 0.95,
+        "motion_amount": 1.0,
+        "diversity": 0.4,
+        "frechet": 0.5,
+        "dit_seconds": 2.0,
+        "evaluations": 200,
+    },
+    "i2v": {
+        "last_identity": 0.7,
+        "last_colour": 1.0,
+        "motion": 0.9,
+        "first_frame_psnr": 30.0,
+        "motion_amount": 0.9,
+        "diversity": 0.1,
+        "frechet": 0.4,
+        "dit_seconds": 1.5,
+        "evaluations": 100,
+    },
+}
+
+
+def changed(**changes):
+    """The teacher's values with others in both kinds; a function changes the value."""
+    return {
+        kind: {k: changes[k](v) if k in changes else v for k, v in values.items()} for kind, values in TEACHER.items()
+    }
+
+
+FASTER = {"dit_seconds": lambda v: v / 10}
+
+
+LAST = "identity in the last"
+
+
+def rows(*students, split="train"):
+    """The teacher, and students s0, s1 of one seed each, or of several as lists."""
+    several = max(len(s) if isinstance(s, list) else 1 for s in students)
+    named = {"teacher": [TEACHER] * several, **{f"s{i}": s for i, s in enumerate(students)}}
+    return {
+        label: {
+            "settings": {"num_inference_steps": 4, "guidance_scale": 1.5},
+            "values": {split: {str(i): v for i, v in enumerate(of if isinstance(of, list) else [of])}},
+        }
+        for label, of in named.items()
+    }
+
+
+def cells(text, label):
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {label} |")]
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def test_table_has_a_row_a_line_and_only_its_kinds_columns():
+    made = rows(changed(diversity=lambda v: v / 2))
+    text = standing.table(made, "train", "t2v")
+    head = cells(text, "")
+    assert len(text.splitlines()) == 4
+    assert "PSNR of the first frame (dB)" not in head
+    assert "PSNR of the first frame (dB)" in cells(standing.table(made, "train", "i2v"), "")
+    teacher, student = (dict(zip(head, cells(text, label), strict=True)) for label in ("teacher", "s0"))
+    assert (teacher["steps"], teacher["guidance"], teacher["evaluations"]) == ("4", "1.5", "200")
+    assert (teacher["diversity / the first row's"], student["diversity / the first row's"]) == ("1.00", "0.50")
+    assert teacher["DiT seconds"] == "2"
+
+
+def test_several_seeds_have_a_deviation():
+    assert standing.spread([1.0], "{:.2f}") == "1.00"
+    assert standing.spread([1.0, 2.0, 3.0], "{:.2f}") == "2.00 ± 1.00"
+    assert standing.spread([-1.0, 1.0], "{:+.1f}") == "+0.0 ± 1.4"
+    assert standing.spread([math.nan, 1.0], "{:.2f}") == "–"
+    assert standing.spread([16, 16], "{:.0f}") == "16"
+
+
+def test_equal_values_ten_times_as_fast_meet_the_goal():
+    (line,) = standing.standing_lines(rows(changed(**FASTER)), "train")
+    assert line.startswith("s0 against teacher: identity in the first frame T2V +0.0 points; identity in the last T2V")
+    assert "first frame I2V +0.0 dB" in line
+    assert "motion T2V 100, I2V 100 %" in line
+    assert "DiT T2V 10.0, I2V 10.0 times the speed" in line
+    assert line.endswith("**meets the goal**")
+
+
+@pytest.mark.parametrize(
+    ("measure", "just", "below", "missed"),
+    [
+        ("first_identity", lambda v: v - 0.01, lambda v: v - 0.02, ["T2V identity in the first frame"]),
+        ("last_identity", lambda v: v - 0.01, lambda v: v - 0.02, [f"T2V {LAST}", f"I2V {LAST}"]),
+        ("last_colour", lambda v: v - 0.01, lambda v: v - 0.02, ["T2V colour", "I2V colour"]),
+        ("motion", lambda v: v - 0.01, lambda v: v - 0.02, ["T2V direction", "I2V direction"]),
+        ("first_frame_psnr", lambda v: v - 0.5, lambda v: v - 0.6, ["I2V first frame"]),
+        ("motion_amount", lambda v: v * 0.95, lambda v: v * 0.94, ["T2V motion", "I2V motion"]),
+        ("diversity", lambda v: v * 0.85, lambda v: v * 0.84, ["T2V diversity", "I2V diversity"]),
+        ("dit_seconds", lambda v: v / 10, lambda v: v / 9, ["T2V DiT"]),
+        ("diversity", lambda v: v * 2, lambda v: math.nan, ["T2V diversity", "I2V diversity"]),
+    ],
+)  # fmt: skip
+def test_every_aspect_can_miss_the_goal(measure, just, below, missed):
+    made = rows(changed(**{**FASTER, measure: just}), changed(**{**FASTER, measure: below}))
+    found = standing.standings(made, "train")
+    assert found["s0"]["met"]
+    assert (found["s1"]["met"], found["s1"]["missed"]) == (False, missed)
+    assert standing.standing_lines(made, "train")[1].endswith(f"**misses the goal: {', '.join(missed)}**")
+
+
+def test_differences_are_formed_seed_by_seed():
+    made = rows([changed(motion=lambda v: v + 0.02), changed(motion=lambda v: v)])
+    made["teacher"]["values"]["train"]["0"] = changed(motion=lambda v: v - 0.3)
+    made["s0"]["values"]["train"]["0"] = changed(motion=lambda v: v - 0.28)
+    found = standing.standings(made, "train")["s0"]["aspects"]
+    assert found["t2v motion"] == pytest.approx([2, 0])
+    assert "direction T2V +1.0 ± 1.4" in standing.standing_lines(made, "train")[0]
+
+
+def test_nothing_to_compare_with_is_missed():
+    made = rows(changed(**FASTER))
+    made["teacher"]["values"]["train"]["0"] = changed(motion_amount=lambda v: 0.0)
+    assert standing.standings(made, "train")["s0"]["missed"] == ["T2V motion", "I2V motion"]
+
+
+def test_section():
+    made = rows(changed(**FASTER))
+    for row in made.values():
+        row["values"]["subjects"] = {"0": {"i2v": row["values"]["train"]["0"]["i2v"]}}
+    how = {"samples": 8, "draws": 4, "seeds": (0,), "splits": ("train", "subjects")}
+    text = standing.section({"rows": made, "settings": how})
+    assert "8 captions a seed, 4 noises for diversity, seeds 0." in text
+    heads = [line for line in text.splitlines() if line.startswith(("T2V, ", "I2V, "))]
+    assert heads == ["T2V, training captions:", "I2V, training captions:", "I2V, held-out emoji:"]
+    assert text.count("- s0 against teacher") == 2
+    assert standing.GOAL in text
