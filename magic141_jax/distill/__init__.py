@@ -1,1 +1,1 @@
-"""Few-step distillation: roles over one frozen backbone, rollouts, and the methods as losses over roles."""
+"""Step distillation: roles over one frozen backbone, rollouts, and the methods as losses over roles (section 4)."""

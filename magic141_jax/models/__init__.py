@@ -1,7 +1,19 @@
 """Networks (Flax NNX), each with its config dataclass beside it."""
 
-from magic141_jax.models import clip, hunyuan_vae, image_encoder, kl_vae, llama, llava, mmdit, patch_vae, t5
+from magic141_jax.models import (
+    clip,
+    discriminator,
+    hunyuan_vae,
+    image_encoder,
+    kl_vae,
+    llama,
+    llava,
+    mmdit,
+    patch_vae,
+    t5,
+)
 from magic141_jax.models.clip import ClipText, ClipTextConfig
+from magic141_jax.models.discriminator import FeatureHeads, FeatureHeadsConfig
 from magic141_jax.models.hunyuan_vae import HunyuanVAE, HunyuanVAEConfig
 from magic141_jax.models.image_encoder import ImageEncoder, ImageEncoderConfig
 from magic141_jax.models.kl_vae import KLVAE, KLVAEConfig
@@ -15,6 +27,7 @@ from magic141_jax.models.text import Bert, BertConfig
 # The "model" of a component's config.json -> (its config dataclass, its module)
 MODELS = {
     "mmdit": (MMDiTConfig, MMDiT),
+    "feature_heads": (FeatureHeadsConfig, FeatureHeads),
     "hunyuan_vae": (HunyuanVAEConfig, HunyuanVAE),
     "kl_vae": (KLVAEConfig, KLVAE),
     "patch_vae": (PatchVAEConfig, PatchVAE),
@@ -29,6 +42,7 @@ MODELS = {
 # The same name -> (regex on a parameter's dotted path, mesh axes) rules, see `magic141_jax.sharding`
 SHARDING_RULES = {
     "mmdit": mmdit.SHARDING_RULES,
+    "feature_heads": discriminator.SHARDING_RULES,
     "hunyuan_vae": hunyuan_vae.SHARDING_RULES,
     "kl_vae": kl_vae.SHARDING_RULES,
     "patch_vae": patch_vae.SHARDING_RULES,

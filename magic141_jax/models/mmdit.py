@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -352,19 +353,36 @@ class TokenRefiner(nnx.Module):
         return tokens
 
 
+Kept = tuple[Array | None, np.ndarray | None]  # features of chosen blocks, and where each block's output goes in them
+
+
 def _block(block: Callable, x: Any, **context: Any) -> Any:
     return block(x, **context)
 
 
-def _scan(blocks: nnx.Module, carry: Any, run: Callable, remat: str, *, collect: bool = False) -> tuple[Any, Any]:
-    """Runs `carry = run(block, carry)` over the stacked blocks; `collect` also returns every block's output."""
+def _scan(
+    blocks: nnx.Module, carry: Any, run: Callable, remat: str, *, collect: bool = False, kept: Kept = (None, None)
+) -> tuple[Any, Any]:
+    """Runs `carry = run(block, carry)` over the stacked blocks -> (the last carry, every block's output or `kept`).
+
+    `kept` = (features (k, b, l, d), slots (layers,)): the first l tokens of a block's output are written at its slot;
+    slot k means nowhere. Recomputation does not reach over the writing, for it would save all of `features` with every
+    block; a write needs no more than its slot to be differentiated.
+    """
     graphdef, state = nnx.split(blocks)
+    block = REMAT[remat](lambda carry, weights: run(nnx.merge(graphdef, weights), carry))
+    features, slots = kept
 
-    def body(carry: Any, layer: Any) -> tuple[Any, Any]:
-        carry = run(nnx.merge(graphdef, layer), carry)
-        return carry, carry if collect else None
+    def body(carry: tuple[Any, Any], layer: tuple[Any, Any]) -> tuple[tuple[Any, Any], Any]:
+        (x, features), (weights, slot) = carry, layer
+        x = block(x, weights)
+        if features is not None:
+            video = jax.tree.leaves(x)[0][:, : features.shape[2]]
+            features = features.at[slot].set(video, mode="drop", unique_indices=True)
+        return (x, features), x if collect else None
 
-    return jax.lax.scan(REMAT[remat](body), carry, state)
+    (carry, features), outputs = jax.lax.scan(body, (carry, features), (state, slots))
+    return carry, outputs if collect else features
 
 
 class MMDiT(nnx.Module):
@@ -393,8 +411,8 @@ class MMDiT(nnx.Module):
         *,
         guidance: Times | None = None,
         known: conditioning_lib.LatentMask | None = None,
-        intermediates: bool = False,
-    ) -> Latents | tuple[Latents, dict[str, Array]]:
+        intermediates: bool | tuple[int, ...] = False,
+    ) -> Latents | tuple[Latents, dict[str, Array]] | tuple[Latents, Float[Array, "k b l d"]]:
         """The network's prediction at times t in [0, 1] (1 = noise), float32.
 
         Args:
@@ -406,10 +424,13 @@ class MMDiT(nnx.Module):
           guidance: (b,) guidance scales, exactly where the config has `guidance_embedding`.
           known: one where `inputs` hold known latents, exactly where the config has known="replace". A token counts as
             known when all of its latents are.
-          intermediates: also return every block's output, stacked over layers, by name.
+          intermediates: True also returns every block's output, stacked over layers, by name. Numbers of k blocks,
+            counted through the double and then the single ones from 0, also return the video tokens after these
+            blocks alone, in the order given: features for a discriminator, in the memory of k outputs.
 
         Raises:
-          UserError: sides not divisible by the patch, wrong channel count, guidance or `known` missing or superfluous.
+          UserError: sides not divisible by the patch, wrong channel count, guidance or `known` missing or superfluous,
+            blocks that the network lacks.
         """
         config = self.config
         _check(config, inputs, guidance, known)
@@ -428,19 +449,30 @@ class MMDiT(nnx.Module):
         context = Context(vector, cos[None, :, None, None], sin[None, :, None, None], mask)
         if known is not None:
             context = self._with_known(context, known, pooled)
-        run = functools.partial(_block, context=context)
-        doubles = (video, words)
-        doubles, double_outputs = _scan(self.double_blocks, doubles, run, config.remat, collect=intermediates)
-        joint = jnp.concatenate(doubles, axis=1)
-        joint, single_outputs = _scan(self.single_blocks, joint, run, config.remat, collect=intermediates)
+        joint, outputs = self._blocks((video, words), context, intermediates)
 
         shift, scale = jnp.split(self.modulation_out(vector)[:, None], 2, axis=-1)
         last = nn.modulate(nn.layer_norm(joint[:, : video.shape[1]]), shift, scale)
         out = nn.unpatchify(self.patch_out(last).astype(jnp.float32), grid, config.patch)
-        if not intermediates:
-            return out
-        names = {"condition": condition, "patch_in": video, "text_in": words, "single_blocks": single_outputs}
-        return out, names | {"double_blocks.video": double_outputs[0], "double_blocks.text": double_outputs[1]}
+        if intermediates is True:
+            return out, {"condition": condition, "patch_in": video, "text_in": words} | outputs
+        return out if intermediates is False else (out, outputs)
+
+    def _blocks(self, tokens: tuple[Array, Array], context: Context, intermediates: Any) -> tuple[Array, Any]:
+        """(video, text) -> all tokens (b, j, d) after the last block, and the intermediates that were asked for."""
+        config, collect = self.config, intermediates is True
+        features, slots = None, (None, None)
+        if not isinstance(intermediates, bool):
+            features = jnp.zeros((len(intermediates), *tokens[0].shape), tokens[0].dtype)
+            slots = _slots(config, intermediates)
+        run = functools.partial(_block, context=context)
+        scan = functools.partial(_scan, run=run, remat=config.remat, collect=collect)
+        tokens, first = scan(self.double_blocks, tokens, kept=(features, slots[0]))
+        features = None if collect else first
+        joint, last = scan(self.single_blocks, jnp.concatenate(tokens, axis=1), kept=(features, slots[1]))
+        if not collect:
+            return joint, last
+        return joint, {"double_blocks.video": first[0], "double_blocks.text": first[1], "single_blocks": last}
 
     def _condition(self, features: Array, pooled: Array, guidance: Array | None = None) -> Float[Array, "b d"]:
         """The vector that modulates every block, in float32: it is cheap and everything hangs on it."""
@@ -465,6 +497,16 @@ def _check(config: MMDiTConfig, inputs: Array, guidance: Array | None, known: Ar
     for name, value in {"guidance": guidance, "known": known}.items():
         if (value is not None) != wanted[name]:
             raise UserError(f"by its config this network {'needs' if wanted[name] else 'takes no'} {name}")
+
+
+def _slots(config: MMDiTConfig, chosen: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Where each double and each single block stands among the chosen ones; their number for the others."""
+    blocks = config.double_blocks + config.single_blocks
+    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= number < blocks for number in chosen):
+        raise UserError(f"features of blocks {tuple(chosen)}: choose one or more different ones from 0 to {blocks - 1}")
+    slots = np.full(blocks, len(chosen))
+    slots[list(chosen)] = np.arange(len(chosen))
+    return slots[: config.double_blocks], slots[config.double_blocks :]
 
 
 def _never_empty(mask: Array) -> Array:
@@ -513,13 +555,37 @@ def velocity_fn(network: Network, params: Params, *, guidance: Times | float | N
 
     `guidance` is the scale handed to a network with a guidance embedding, or one per sample.
     """
-    config = network.config
+    call = _seam(network, params, guidance, False)
 
     def velocity(x: Latents, t: Times, cond: conditioning_lib.Conditioning) -> Latents:
-        inputs = conditioning_lib.model_input(x, cond, known=config.known, hold=config.hold_known)
-        scale = None if guidance is None else jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), t.shape)
-        known = cond.mask if config.known == "replace" else None
-        out = network(params, inputs, t, cond.text, cond.text_mask, cond.pooled, guidance=scale, known=known)
-        return flow.velocity_from_sample(x, t, out) if config.prediction == "sample" else out
+        out = call(x, t, cond)
+        return flow.velocity_from_sample(x, t, out) if network.config.prediction == "sample" else out
 
     return velocity
+
+
+def features_fn(
+    network: Network, params: Params, layers: tuple[int, ...], *, guidance: Times | float | None = None
+) -> Callable[..., Float[Array, "k b l d"]]:
+    """The seam to a discriminator: features(x, t, conditioning) -> the video tokens after the blocks `layers`.
+
+    It takes what a velocity takes; `MMDiT.__call__` says how blocks are numbered.
+    """
+    call = _seam(network, params, guidance, tuple(layers))
+    return lambda x, t, cond: call(x, t, cond)[1]
+
+
+def _seam(network: Network, params: Params, guidance: Any, intermediates: bool | tuple[int, ...]) -> Callable:
+    """(x, t, conditioning) -> what the network returns on inputs in the form that its config asks for."""
+    config = network.config
+
+    def call(x: Latents, t: Times, cond: conditioning_lib.Conditioning) -> Any:
+        inputs = conditioning_lib.model_input(x, cond, known=config.known, hold=config.hold_known)
+        options = {
+            "guidance": None if guidance is None else jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), t.shape),
+            "known": cond.mask if config.known == "replace" else None,
+            "intermediates": intermediates,
+        }
+        return network(params, inputs, t, cond.text, cond.text_mask, cond.pooled, **options)
+
+    return call

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from magic141_jax import sharding
 from magic141_jax.diffusion import conditioning, flow
 from magic141_jax.errors import UserError
-from magic141_jax.models.mmdit import SHARDING_RULES, SIZES, MMDiT, debug, fit_text, velocity_fn
+from magic141_jax.models.mmdit import SHARDING_RULES, SIZES, MMDiT, debug, features_fn, fit_text, velocity_fn
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import count, flatten
 
@@ -117,11 +118,75 @@ def test_scan_applies_the_blocks_in_order(network, params):
     assert jnp.abs(names["single_blocks"][2] - names["single_blocks"][1]).max() > 1e-3
 
 
-def test_program_size_does_not_grow_with_depth():
+@pytest.mark.parametrize("chosen", [(0, 2, 4), (3, 1)])
+def test_features_are_the_video_tokens_after_the_chosen_blocks(network, params, chosen):
+    out, names = jax.jit(lambda p: network(p, *inputs(), intermediates=True))(params)
+    every = jnp.concatenate([names["double_blocks.video"], names["single_blocks"][:, :, :8]])
+    again, features = jax.jit(lambda p: network(p, *inputs(), intermediates=chosen))(params)
+    np.testing.assert_allclose(features, every[np.array(chosen)], atol=1e-5)
+    np.testing.assert_allclose(again, out, atol=1e-5)
+
+
+@pytest.mark.parametrize("chosen", [(), (5,), (-1,), (1, 2, 1)])
+def test_features_of_blocks_that_are_not_there_are_refused(network, params, chosen):
+    with pytest.raises(UserError, match="different ones from 0 to 4"):
+        network(params, *inputs(), intermediates=chosen)
+
+
+def scan_outputs(jaxpr):
+    """The shapes of all that the scans of a program, nested ones too, put out."""
+    shapes = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            shapes += [variable.aval.shape for variable in equation.outvars]
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            shapes += scan_outputs(inner)
+    return shapes
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_features_take_no_memory_beyond_their_own(remat):
+    """No scan stacks its k = 2 features over the 5 blocks, and none stacks the blocks' outputs in the forward pass."""
+    net = Network.create(MMDiT, dataclasses.replace(CONFIG, double_blocks=5, single_blocks=5, remat=remat))
+    x, *rest = inputs()
+
+    def shapes(value, intermediates):
+        def run(params, x):
+            out = net(params, x, *rest, intermediates=intermediates)
+            return sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(out))
+
+        function = jax.grad(run, 1) if value == "gradient" else run
+        return scan_outputs(jax.make_jaxpr(function)(net.abstract_params, x).jaxpr)
+
+    stacked = (5, 2, 8, 16)
+    assert stacked in shapes("value", True) and stacked not in shapes("value", (1, 7))
+    assert (2, 2, 8, 16) in shapes("value", (1, 7)), "the buffer is where it is looked for"
+    saved, plain = ([s for s in shapes("gradient", i) if s[:1] == (5,) and len(s) > 2] for i in ((1, 7), False))
+    assert sorted(saved) == sorted(plain), "the backward pass keeps what it keeps without features"
+
+
+def test_features_pass_the_gradients_of_all_outputs_to_the_latents(network, params):
+    x, *rest = inputs()
+
+    def total(x):
+        return jnp.square(network(params, x, *rest, intermediates=(1, 3))[1]).sum()
+
+    def reference(x):
+        names = network(params, x, *rest, intermediates=True)[1]
+        return jnp.square(names["double_blocks.video"][1]).sum() + jnp.square(names["single_blocks"][1][:, :8]).sum()
+
+    got, want = (jax.jit(jax.grad(f))(x) for f in (total, reference))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert jnp.abs(got).max() > 1e-2
+
+
+@pytest.mark.parametrize("intermediates", [False, (1, 2)])
+def test_program_size_does_not_grow_with_depth(intermediates):
     def size(depth):
         config = dataclasses.replace(debug(), double_blocks=depth, single_blocks=depth, refiner_blocks=depth)
         net = Network.create(MMDiT, config)
-        return len(str(jax.make_jaxpr(lambda p: net(p, *inputs()))(net.abstract_params)).splitlines())
+        jaxpr = jax.make_jaxpr(lambda p: net(p, *inputs(), intermediates=intermediates))(net.abstract_params)
+        return len(re.sub(r"array\([^)]*\)", "", str(jaxpr)).splitlines())
 
     assert size(8) == size(2)
 
@@ -197,6 +262,11 @@ def test_velocity_functions_of_both_predictions_agree(network, apply, params):
     sample = Network.create(MMDiT, dataclasses.replace(CONFIG, prediction="sample"))
     velocity = jax.jit(velocity_fn(sample, params))(x, t, cond)
     np.testing.assert_allclose(flow.sample_from_velocity(x, t, velocity), out, atol=1e-4)
+    whole = jnp.concatenate([x, known, known_mask], -1)
+    _, names = jax.jit(lambda p: network(p, whole, t, text, mask, pooled, intermediates=True))(params)
+    features = jax.jit(features_fn(network, params, (4, 0)))(x, t, cond)
+    np.testing.assert_allclose(features[0], names["single_blocks"][2][:, :8], atol=1e-5)
+    np.testing.assert_allclose(features[1], names["double_blocks.video"][0], atol=1e-5)
 
 
 @pytest.fixture(scope="module")
