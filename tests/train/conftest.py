@@ -80,7 +80,8 @@ def train(method, points, folder, *, config, optimizers=None, **hooks):
     if optimizers is None:
         optimizers = {role: optim.make(optim.OptimizerConfig(warmup_steps=2), 20) for role in method.roles}
     state = TrainState.create(method.init(jax.random.key(0)), optimizers)
-    checkpoints, writer = Checkpoints(folder / "checkpoints"), metrics.MetricWriter(folder, steps=20, progress=False)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep)
+    writer = metrics.MetricWriter(folder, steps=20, progress=False)
     step = make_step(method, optimizers)
     try:
         return loop.fit(step, state, points, config=config, checkpoints=checkpoints, writer=writer, **hooks)
