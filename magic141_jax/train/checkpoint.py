@@ -8,6 +8,7 @@ unpickled; frozen roles are not stored.
 from __future__ import annotations
 
 import base64
+import copy
 import json
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,9 +48,14 @@ class Checkpoints:
     @property
     def latest(self) -> Path | None:
         """The folder of the last finished checkpoint."""
+        steps = self.steps
+        return self.folder / str(steps[-1]) if steps else None
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all finished checkpoints, in order."""
         self.wait()
-        step = self._manager.latest_step()
-        return None if step is None else self.folder / str(step)
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: TrainState, batches: Batches, progress: dict[str, Any]) -> None:
         """Starts writing a checkpoint after `step` steps; copies to the host before it returns."""
@@ -58,22 +64,28 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_tree(state)),
             data=grain_checkpoint.CheckpointSave(_Position(batches)),
-            progress=ocp.args.JsonSave(progress),
+            # Orbax writes it later, when the run has gone on.
+            progress=ocp.args.JsonSave(copy.deepcopy(progress)),
         )
         self._manager.save(step, args=args)
 
-    def restore(self, state: TrainState, batches: Batches | None) -> tuple[TrainState, dict[str, Any]] | None:
-        """The last checkpoint in the layout of `state`, with `batches` moved to its position; None if there is none.
+    def restore(
+        self, state: TrainState, batches: Batches | None, *, step: int | None = None
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """The checkpoint of `step` (the last one), or None if there is none.
 
-        `state` may be of arrays or of shape structs with shardings.
+        Args:
+          state: arrays, or shape structs with shardings; the result has its layout.
+          batches: is moved to the checkpoint's position; None stays where it is.
+          step: one of `steps`.
 
         Raises:
           UserError: the checkpoint holds other parameters than `state`.
         """
-        step = self._manager.latest_step()
+        step = self._manager.latest_step() if step is None else step
         if step is None:
             return None
-        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(state))
+        wanted = _tree(abstract(state))
         items = {"state": ocp.args.StandardRestore(wanted), "progress": ocp.args.JsonRestore()}
         if batches is not None:
             items["data"] = grain_checkpoint.CheckpointRestore(_Position(batches))
@@ -86,6 +98,12 @@ class Checkpoints:
                 "use the config that it was made with or another --workdir"
             ) from error
         return TrainState(**restored["state"]), restored["progress"]
+
+    def delete_after(self, step: int) -> None:
+        """Deletes the checkpoints after `step`: the run goes back to it, and they would be taken for what follows."""
+        for later in self.steps:
+            if later > step:
+                self._manager.delete(later)
 
     def preempted(self, step: int) -> bool:
         """Whether the cluster has asked all processes to stop; agreed between them."""
@@ -118,6 +136,11 @@ class _Position:
 
     def start_prefetch(self) -> None:
         """Grain calls this after restoring; our iterators start by themselves."""
+
+
+def abstract(state: TrainState) -> TrainState:
+    """The state's shapes and dtypes with its shardings, without its values."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def _tree(state: TrainState) -> dict[str, Any]:

@@ -1,8 +1,14 @@
-"""The training loop: draw, step, log, save, sample; stop cleanly. It knows no method and no network.
+"""The training loop: draw, step, log, watch, save, sample; stop cleanly. It knows no method and no network.
 
 Metrics are read one step late, so that the host never waits for the step that it has just started. A run resumes
 by being started again: `fit` goes on from the last checkpoint of its folder, with the same random keys and the same
 data, so losses after a kill are those of a run that was never killed, bit for bit.
+
+A watch looks before checkpoints are saved, so what is saved at its steps is good. When it rolls back, the whole state
+becomes that of the last good checkpoint, its step included: schedules, moments and averages fit each other, and
+metrics.jsonl loses the lines of the bad path. Two things are not as they were there: the data goes on where it is, and
+the state's key is folded with the number of rollbacks, so that another path is taken. A run that is killed afterwards
+and started again walks the bad path once more, to the same breach and the same rollback.
 """
 
 from __future__ import annotations
@@ -17,12 +23,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+from absl import logging
 
 from magic141_jax.errors import UserError
-from magic141_jax.train.checkpoint import Batches, Checkpoints
+from magic141_jax.train.checkpoint import Batches, Checkpoints, abstract
 from magic141_jax.train.metrics import MetricWriter, Window
 from magic141_jax.train.state import TrainState
 from magic141_jax.train.step import Step
+from magic141_jax.train.watch import Look, Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +68,41 @@ class Result:
     stopped: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What else a run calls.
+
+    Attributes:
+      callback: called with (state, step) every `TrainConfig.sample_every` steps, to draw samples.
+      watch: looks at the trained parameters every `watch.config.every` steps, see `magic141_jax.train.watch`.
+    """
+
+    callback: Callable[[TrainState, int], None] | None = None
+    watch: Watch | None = None
+
+
 @dataclasses.dataclass
 class _Progress:
-    """The host's bookkeeping; saved with every checkpoint."""
+    """The host's bookkeeping; saved with every checkpoint.
+
+    `window` is averaged for the next log line and `watched` for the watch's next look; `starts` are the watch's.
+    """
 
     step: int = 0
     seconds: float = 0.0
     samples: int = 0
     window: Window = dataclasses.field(default_factory=Window)
+    watched: Window = dataclasses.field(default_factory=Window)
+    starts: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    rollbacks: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "window": self.window.to_json()}
+        return {**vars(self), "window": self.window.to_json(), "watched": self.watched.to_json()}
+
+    def go_to(self, saved: dict[str, Any]) -> None:
+        """Takes over what `to_json` gave; fields that an older checkpoint lacks stay."""
+        vars(self).update(saved)
+        self.window, self.watched = Window(saved["window"]), Window(saved.get("watched"))
 
 
 def fit(
@@ -82,7 +114,7 @@ def fit(
     checkpoints: Checkpoints,
     writer: MetricWriter,
     place: Callable[[Any], Any] = jax.device_put,
-    callback: Callable[[TrainState, int], None] | None = None,
+    **hooks: Any,
 ) -> Result:
     """Trains until `config.steps`, from the last checkpoint if there is one.
 
@@ -91,33 +123,43 @@ def fit(
       state: the state to start from, in the layout to train in; donated.
       batches: endless iterator of host batches, see `checkpoint.Batches`.
       place: puts a host batch on the devices, as arrays with the samples on the leading axis.
-      callback: called with (state, step) every `config.sample_every` steps, to draw samples.
+      hooks: `callback` and `watch`, see `Hooks`.
 
     Raises:
-      UserError: a loss or gradient was not finite; names the last good checkpoint.
+      UserError: a loss or gradient was not finite, or the watch stops the run; names the last good checkpoint.
     """
+    hooked = Hooks(**hooks)
+    guard = _Guard(hooked.watch, config, checkpoints, writer)
     progress = _Progress()
     restored = checkpoints.restore(state, batches)
     if restored is not None:
         state, saved = restored
-        progress = _Progress(**{**saved, "window": Window(saved["window"])})
+        progress.go_to(saved)
     writer.start(progress.step)
-    reader = _Reader(progress, config, checkpoints, writer)
+    reader = _Reader(progress, config, checkpoints, writer, watched=guard.every > 0)
     with _stop_signals() as stop:
         step = progress.step
-        last = False
-        while step < config.steps and not last:
+        stopping = False
+        while step < config.steps and not stopping:
             batch = place(next(batches))
             state, metrics = train_step(state, batch, step)
             step += 1
             reader.push(step, metrics, _batch_size(batch))
-            last = step == config.steps or stop.is_set() or checkpoints.preempted(step)
+            stopping = stop.is_set() or checkpoints.preempted(step)
+            if guard.looks(step):
+                reader.drain()
+                crossed = guard.crossed(state, progress)
+                if crossed:
+                    state = guard.roll_back(state, progress, crossed)
+                    step = progress.step
+                    continue
+            last = stopping or step == config.steps
             if last or step % config.save_every == 0:
                 reader.drain()
                 checkpoints.save(step, state, batches, progress.to_json())
-            if callback is not None and config.sample_every and (last or step % config.sample_every == 0):
+            if hooked.callback is not None and config.sample_every and (last or step % config.sample_every == 0):
                 reader.drain()
-                callback(state, step)
+                hooked.callback(state, step)
         checkpoints.wait()
     return Result(state, step, step < config.steps)
 
@@ -125,8 +167,17 @@ def fit(
 class _Reader:
     """Fetches metrics one step late, keeps the averages and the clock, and stops the run on a bad step."""
 
-    def __init__(self, progress: _Progress, config: TrainConfig, checkpoints: Checkpoints, writer: MetricWriter):
+    def __init__(
+        self,
+        progress: _Progress,
+        config: TrainConfig,
+        checkpoints: Checkpoints,
+        writer: MetricWriter,
+        *,
+        watched: bool,
+    ):
         self._progress, self._config, self._checkpoints, self._writer = progress, config, checkpoints, writer
+        self._watched = watched
         self._pending: collections.deque[tuple[int, Any, int]] = collections.deque()
         self._clock = time.monotonic()
 
@@ -151,6 +202,8 @@ class _Reader:
         self._clock = now
         progress.step, progress.seconds, progress.samples = step, progress.seconds + elapsed, progress.samples + samples
         progress.window.add(values)
+        if self._watched:
+            progress.watched.add(values)
         losses = {name.removeprefix("loss/"): f"{v:.4f}" for name, v in values.items() if name.startswith("loss/")}
         self._writer.advance({**losses, "samples/s": f"{samples / max(elapsed, 1e-9):.1f}"})
         if step % self._config.log_every == 0 or step == self._config.steps:
@@ -164,6 +217,60 @@ class _Reader:
             f"step {step}: a loss or gradient is not finite ({shown}); the update was not applied and {good}. "
             "Lower the learning rate or clip_norm, or look at the data, and start the same command again"
         )
+
+
+class _Guard:
+    """Asks the watch at its steps, and stops the run or takes it back where a line is crossed."""
+
+    def __init__(self, watch: Watch | None, config: TrainConfig, checkpoints: Checkpoints, writer: MetricWriter):
+        self._watch, self._checkpoints, self._writer = watch, checkpoints, writer
+        self.every = watch.config.every if watch is not None else 0
+        if self.every and (config.save_every % self.every or config.steps % self.every):
+            raise UserError(
+                f"train.save_every {config.save_every} and train.steps {config.steps} must be multiples of watch.every "
+                f"{self.every}, so that no checkpoint is saved without a look"
+            )
+
+    def looks(self, step: int) -> bool:
+        """Whether the watch looks after `step` steps. The checkpoints of such steps, and only those, are good."""
+        return bool(self.every) and step % self.every == 0
+
+    def crossed(self, state: TrainState, progress: _Progress) -> tuple[str, ...]:
+        """Looks, logs what was seen, and returns the lines crossed.
+
+        It looks at the parameters being trained: their averages hide a collapse for as long as they reach back.
+        """
+        look: Look = self._watch.look(state.params, progress.watched.means(), progress.step, progress.starts)
+        progress.starts = look.starts
+        self._writer.scalars(progress.step, {**look.scalars, "watch/rollbacks": progress.rollbacks})
+        return look.crossed
+
+    def roll_back(self, state: TrainState, progress: _Progress, crossed: tuple[str, ...]) -> TrainState:
+        """The state of the last good checkpoint with another key; `progress` goes back to it, its totals go on.
+
+        Raises:
+          UserError: the watch is to stop, has no rollback left, or there is no good checkpoint.
+        """
+        config, breach = self._watch.config, f"step {progress.step}: {'; '.join(crossed)}"
+        good = [step for step in self._checkpoints.steps if self.looks(step)]
+        where = f"the last good checkpoint is {self._checkpoints.folder / str(good[-1])}" if good else ""
+        if config.on_breach == "stop" or progress.rollbacks >= config.max_rollbacks or not good:
+            after = f" after {progress.rollbacks} rollbacks" if progress.rollbacks else ""
+            raise UserError(
+                f"{breach}; the watch stops the run{after} and {where or 'there is no checkpoint yet'}. Lower the "
+                "learning rates, or move the line in the watch's config, and start the same command again"
+            )
+        # Two states might not fit in memory together.
+        layout = abstract(state)
+        jax.tree.map(lambda x: x.delete(), state)
+        self._checkpoints.delete_after(good[-1])
+        state, saved = self._checkpoints.restore(layout, None, step=good[-1])
+        totals = {"seconds": progress.seconds, "samples": progress.samples, "rollbacks": progress.rollbacks + 1}
+        progress.go_to({**saved, **totals})
+        logging.warning("%s; rollback %d of %d, %s", breach, progress.rollbacks, config.max_rollbacks, where)
+        self._writer.start(progress.step)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), progress.rollbacks)
+        return dataclasses.replace(state, key=jax.device_put(jax.random.key_data(key), state.key.sharding))
 
 
 @contextmanager

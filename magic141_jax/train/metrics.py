@@ -60,7 +60,8 @@ class MetricWriter:
         self._bar: tqdm | None = None
 
     def start(self, step: int) -> None:
-        """Opens the files at `step`, dropping what an earlier, killed run wrote after it."""
+        """Opens the files at `step`, dropping what was written after it: by a killed run, or before a rollback."""
+        self.close()
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
             temporary = self._path.with_suffix(".tmp")

@@ -1,4 +1,4 @@
-"""Toys for the tests of training: a line to be fitted, as a method, and an endless iterator of its points."""
+"""Toys for the tests of training: a line to be fitted, as a method, an endless iterator of its points, and a run."""
 
 import dataclasses
 import types
@@ -7,7 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+
+from magic141_jax.train import loop, metrics, optim
+from magic141_jax.train.checkpoint import Checkpoints
+from magic141_jax.train.state import TrainState
+from magic141_jax.train.step import make_step
 
 
 @dataclasses.dataclass
@@ -52,7 +58,39 @@ class Points:
         self.position = state["position"]
 
 
+class Poisoned(Points):
+    """Points of y = 2 x - 1, but that the batch at `position` is far off."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def __next__(self):
+        at, batch = self.position, super().__next__()
+        return batch | {"y": batch["y"] + 40 * (at == self.at)}
+
+
+def sgd(rate):
+    """Plain descent; a rate of zero learns nothing."""
+    return optim.Optimizer(optax.sgd(rate), lambda count: jnp.float32(rate), 0.0)
+
+
+def train(method, points, folder, *, config, optimizers=None, **hooks):
+    """A run of the real step and loop in `folder`."""
+    if optimizers is None:
+        optimizers = {role: optim.make(optim.OptimizerConfig(warmup_steps=2), 20) for role in method.roles}
+    state = TrainState.create(method.init(jax.random.key(0)), optimizers)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep)
+    writer = metrics.MetricWriter(folder, steps=20, progress=False)
+    step = make_step(method, optimizers)
+    try:
+        return loop.fit(step, state, points, config=config, checkpoints=checkpoints, writer=writer, **hooks)
+    finally:
+        writer.close()
+        checkpoints.close()
+
+
 @pytest.fixture
 def toys():
-    """The toy classes."""
-    return types.SimpleNamespace(Line=Line, Points=Points)
+    """The toy classes, and how to train them."""
+    return types.SimpleNamespace(Line=Line, Points=Points, Poisoned=Poisoned, sgd=sgd, train=train)

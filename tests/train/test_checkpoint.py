@@ -1,8 +1,11 @@
 """Everything comes back as it was, on another mesh too; old checkpoints go; a half-written one does not count."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from magic141_jax import sharding
@@ -59,6 +62,32 @@ def test_only_the_last_ones_are_kept(tmp_path):
     again = Checkpoints(tmp_path, keep=2)
     assert again.latest == tmp_path / "3" and not (tmp_path / "1").exists()
     again.close()
+
+
+def test_what_is_saved_is_as_it_was_when_asked_for(tmp_path, monkeypatch):
+    written, save = [], ocp.args.JsonSave
+    monkeypatch.setattr(ocp.args, "JsonSave", lambda item: written.append(item) or save(item))
+    checkpoints, progress = Checkpoints(tmp_path), {"window": {"loss": [0.0, 0]}}
+    checkpoints.save(1, make_state(), BytesPosition(), progress)
+    progress["window"]["loss"][0] = 1.0  # the run goes on while Orbax writes
+    assert written == [{"window": {"loss": [0.0, 0]}}]
+    checkpoints.close()
+
+
+def test_going_back_to_an_earlier_one(tmp_path):
+    checkpoints, position = Checkpoints(tmp_path, keep=9), BytesPosition()
+    for step in (1, 2, 3):
+        state = make_state()
+        checkpoints.save(step, dataclasses.replace(state, step=jnp.int32(step)), position, {"step": step})
+    position.state = b"ahead"
+    state, progress = checkpoints.restore(make_state(), None, step=2)
+    assert int(state.step) == 2 and progress == {"step": 2} and position.state == b"ahead"
+    checkpoints.delete_after(2)
+    assert checkpoints.steps == [1, 2] and checkpoints.latest == tmp_path / "2"
+    checkpoints.save(3, state, position, {"step": 30})
+    assert checkpoints.steps == [1, 2, 3], "the way on can be saved"
+    assert checkpoints.restore(make_state(), None)[1] == {"step": 30}
+    checkpoints.close()
 
 
 def test_other_shapes_are_refused(tmp_path):

@@ -29,6 +29,17 @@ def test_lines_after_the_checkpoint_are_dropped_and_floats_are_exact(tmp_path):
     np.testing.assert_array_equal(np.array([line["loss"] for line in read(tmp_path)], np.float32), values)
 
 
+def test_a_writer_goes_back(tmp_path):
+    writer = MetricWriter(tmp_path, steps=5, progress=False)
+    writer.start(0)
+    for step in (1, 2, 3):
+        writer.scalars(step, {"loss": 0.0})
+    writer.start(1)
+    writer.scalars(2, {"loss": 1.0})
+    writer.close()
+    assert [(line["step"], line["loss"]) for line in read(tmp_path)] == [(1, 0.0), (2, 1.0)]
+
+
 def test_samples_are_an_animation(tmp_path):
     writer = MetricWriter(tmp_path, steps=5, progress=False)
     writer.start(0)
