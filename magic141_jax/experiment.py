@@ -343,11 +343,13 @@ class Experiment:
             for name in ("vae", "text_encoder", "image_encoder", "transformer"):
                 if (base / name).is_dir() and not (folder / name).exists():
                     shutil.copytree(base / name, folder / name)
-        if self.config.sampling:
-            index = {"format": 1, "sampling": dict(self.config.sampling)}
+        given = dict(self.config.sampling)
+        if not given and base is not None and (base / "model_index.json").exists():
+            given = weights.read_json(base / "model_index.json")["sampling"]
+        if given:
+            # a distilled student is sampled as it was trained to be
+            index = {"format": 1, "sampling": given | getattr(self.method, "sampling", dict)()}
             (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        elif base is not None and (base / "model_index.json").exists():
-            shutil.copy(base / "model_index.json", folder / "model_index.json")
 
     def _state(self, params: dict[str, Params]) -> TrainState:
         return TrainState.create(params, self.optimizers, seed=self.config.seed)

@@ -14,43 +14,34 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from magic141_jax.diffusion import flow, timesteps
 from magic141_jax.diffusion.guidance import guided
 from magic141_jax.distill import rollout
-from magic141_jax.distill.roles import STUDENT, TEACHER, Backbone, RolesConfig
+from magic141_jax.distill.roles import STUDENT, TEACHER, Distillation, DistillationConfig
 from magic141_jax.distill.rollout import WalkConfig
 from magic141_jax.pytree import Params
-from magic141_jax.train.conditioner import ConditioningConfig, weighted_mean
-from magic141_jax.train.method import Batch, Metrics, Parts
+from magic141_jax.train.conditioner import Record, weighted_mean
 
 
 @dataclasses.dataclass(frozen=True)
-class ConsistencyConfig(ConditioningConfig):
+class ConsistencyConfig(DistillationConfig):
     """The teacher's fine grid, and the student's few steps.
 
     Attributes:
-      roles: how the student is held.
       walk: the few steps that the student will be sampled with; their shift is the fine grid's.
       guidance: w of the teacher's step.
       grid_steps: N.
       huber: h, in units of the latents.
-      image_weight, video_weight: of the two halves of the batch.
     """
 
-    caption_dropout: float = 0.0
-    roles: RolesConfig = dataclasses.field(default_factory=RolesConfig)
     walk: WalkConfig = dataclasses.field(default_factory=WalkConfig)
     guidance: float = 4.0
     grid_steps: int = 50
     huber: float = 0.01
-    image_weight: float = 1.0
-    video_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,54 +49,15 @@ class ConsistencyConfig(ConditioningConfig):
             raise ValueError(f"grid_steps ({self.grid_steps}) must be at least walk.steps ({self.walk.steps})")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Consistency:
+class Consistency(Distillation):
     """The method: role "student" over a frozen "teacher"."""
 
-    config: ConsistencyConfig
-    backbone: Backbone
-    cadence: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
     Config = ConsistencyConfig
-    roles = (STUDENT,)
 
-    @classmethod
-    def build(cls, config: ConsistencyConfig, parts: Parts) -> Consistency:
-        """The method over an experiment's teacher."""
-        return cls(config, Backbone.create(config.roles, parts, parts.conditioner(config)))
-
-    @property
-    def frozen(self) -> Mapping[str, Params]:
-        """The teacher."""
-        return {TEACHER: self.backbone.frozen}
-
-    def init(self, key: jax.Array) -> dict[str, Params]:
-        """The student starts as the teacher."""
-        return {STUDENT: self.backbone.init(STUDENT, key)}
-
-    def components(self, params: Mapping[str, Params]) -> dict[str, tuple[str, Any, Params]]:
-        """The student's folders."""
-        return self.backbone.components(params)
-
-    def sampling(self) -> dict[str, Any]:
-        """The sampling settings that the student is trained for."""
-        return self.config.walk.sampling()
-
-    def losses(
-        self, params: Mapping[str, Params], batch: Batch, key: jax.Array, step: jax.Array
-    ) -> tuple[dict[str, jax.Array], Metrics]:
-        """The loss summed over the parts of the batch; metrics are the parts' own."""
-        del step
-        total, metrics = jnp.zeros(()), {}
-        for part, record, part_key in rollout.parts(batch, key):
-            loss = jnp.mean(self._part(params, part, record, part_key))
-            total += getattr(self.config, f"{part}_weight") * loss
-            metrics[f"{STUDENT}/{part}_consistency"] = loss
-        return {STUDENT: total}, metrics
-
-    def _part(
-        self, params: Mapping[str, Params], part: str, record: Mapping[str, jax.Array], key: jax.Array
-    ) -> Float[Array, " b"]:
+    def part(
+        self, params: Mapping[str, Params], part: str, record: Record, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[tuple[str, str], jax.Array]]:
+        """The loss of one part."""
         cond_key, time_key, noise_key = jax.random.split(key, 3)
         config, backbone = self.config, self.backbone
         data = record["latents"].astype(jnp.float32)
@@ -119,4 +71,5 @@ class Consistency:
         target = rollout.finish(backbone.velocity(params, STUDENT), cond, data, ahead, t_next)
         made = rollout.finish(backbone.velocity(params, STUDENT, trained=True), cond, data, x, t)
         distance = jnp.sqrt((made - jax.lax.stop_gradient(target)) ** 2 + config.huber**2) - config.huber
-        return weighted_mean(distance, 1 - cond.mask)
+        loss = jnp.mean(weighted_mean(distance, 1 - cond.mask))
+        return {STUDENT: loss}, {(STUDENT, "consistency"): loss}

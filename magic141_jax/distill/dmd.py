@@ -10,8 +10,7 @@ Means are over unknown latents, for each sample by itself, in float32; s is draw
 g has two parts, logged apart (Decoupled DMD, arXiv 2511.22677): matching, x0_fake - x0_c, and guidance,
 (1 - w) (x0_c - x0_u), which may look at noise levels of its own. Data forcing (arXiv 2606.18478), for a later phase:
 for a share of the samples the real score looks at the noised true clip instead. The student is updated at every
-`ratio`-th step. An adversarial term (`adversarial.py`) may join; with `score_weight` 0 it stands alone (LADD,
-arXiv 2403.12015), and there is no fake score.
+`ratio`-th step.
 """
 
 from __future__ import annotations
@@ -29,45 +28,37 @@ from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.diffusion.guidance import branches
 from magic141_jax.diffusion.timesteps import TimeDensity
 from magic141_jax.distill import rollout
-from magic141_jax.distill.roles import FAKE, STUDENT, TEACHER, Backbone, RolesConfig
+from magic141_jax.distill.roles import FAKE, STUDENT, TEACHER, Distillation, DistillationConfig
 from magic141_jax.distill.rollout import WalkConfig
 from magic141_jax.pytree import Params
 from magic141_jax.shapes import Latents, Times
-from magic141_jax.train.conditioner import ConditioningConfig, weighted_mean
-from magic141_jax.train.method import Batch, Metrics, Parts
+from magic141_jax.train.conditioner import Record, weighted_mean
+from magic141_jax.train.method import Metrics
 
 NORMALISER_FLOOR = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class DMDConfig(ConditioningConfig):
+class DMDConfig(DistillationConfig):
     """The student's walk, the scores and their weights.
 
     Attributes:
-      roles: how student and fake score are held.
       walk: the student's few steps.
       guidance: w of the real score; 1 is none.
       score_time: density of s, of both scores and of the fake score's training.
       score_range: s is kept within.
       own_guidance_time: whether the guidance part of g is taken at another draw of s.
       ratio: updates of the fake score to one of the student.
-      score_weight: of L_student.
       data_forcing: share of the samples whose real score looks at the noised true clip.
-      image_weight, video_weight: of the two halves of the batch.
     """
 
-    caption_dropout: float = 0.0
-    roles: RolesConfig = dataclasses.field(default_factory=RolesConfig)
     walk: WalkConfig = dataclasses.field(default_factory=WalkConfig)
     guidance: float = 4.0
     score_time: TimeDensity = dataclasses.field(default_factory=lambda: TimeDensity(kind="uniform", shift=5.0))
     score_range: tuple[float, float] = (0.05, 0.98)
     own_guidance_time: bool = False
     ratio: int = 5
-    score_weight: float = 1.0
     data_forcing: float = 0.0
-    image_weight: float = 1.0
-    video_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,60 +69,21 @@ class DMDConfig(ConditioningConfig):
             raise ValueError("ratio must be at least 1 and data_forcing between 0 and 1")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class DMD:
+class DMD(Distillation):
     """The method: roles "student" and "fake" over a frozen "teacher"."""
-
-    config: DMDConfig
-    backbone: Backbone
 
     Config = DMDConfig
     roles = (STUDENT, FAKE)
-
-    @classmethod
-    def build(cls, config: DMDConfig, parts: Parts) -> DMD:
-        """The method over an experiment's teacher."""
-        return cls(config, Backbone.create(config.roles, parts, parts.conditioner(config)))
 
     @property
     def cadence(self) -> Mapping[str, int]:
         """The student waits for the fake score."""
         return {STUDENT: self.config.ratio}
 
-    @property
-    def frozen(self) -> Mapping[str, Params]:
-        """The teacher."""
-        return {TEACHER: self.backbone.frozen}
-
-    def init(self, key: jax.Array) -> dict[str, Params]:
-        """Both roles start as the teacher."""
-        return {role: self.backbone.init(role, k) for role, k in zip(self.roles, jax.random.split(key))}
-
-    def components(self, params: Mapping[str, Params]) -> dict[str, tuple[str, Any, Params]]:
-        """The student's folders."""
-        return self.backbone.components(params)
-
-    def sampling(self) -> dict[str, Any]:
-        """The sampling settings that the student is trained for."""
-        return self.config.walk.sampling()
-
-    def losses(
-        self, params: Mapping[str, Params], batch: Batch, key: jax.Array, step: jax.Array
-    ) -> tuple[dict[str, jax.Array], Metrics]:
-        """Losses summed over the parts of the batch; metrics by role and part."""
-        del step
-        losses: dict[str, jax.Array] = dict.fromkeys(self.roles, jnp.zeros(()))
-        metrics: Metrics = {}
-        for part, record, part_key in rollout.parts(batch, key):
-            own, found = self._part(params, part, record, part_key)
-            weight = getattr(self.config, f"{part}_weight")
-            losses = {role: losses[role] + weight * own[role] for role in self.roles}
-            metrics |= found
-        return losses, metrics
-
-    def _part(
-        self, params: Mapping[str, Params], part: str, record: Mapping[str, jax.Array], key: jax.Array
-    ) -> tuple[dict[str, jax.Array], Metrics]:
+    def part(
+        self, params: Mapping[str, Params], part: str, record: Record, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[tuple[str, str], jax.Array]]:
+        """Both losses on one part, and the sizes of the parts of g."""
         cond_key, start_key, score_key, fake_key = jax.random.split(key, 4)
         data = record["latents"].astype(jnp.float32)
         cond = self.backbone.conditioning(params, part, record, cond_key)
@@ -141,9 +93,8 @@ class DMD:
         g, metrics = self.score_gradient(params, jax.lax.stop_gradient(x), cond, data, score_key)
         matched = 0.5 * weighted_mean((x - jax.lax.stop_gradient(x - g)) ** 2, 1 - cond.mask)
         fake = self.fake_errors(params, jax.lax.stop_gradient(x), cond, fake_key)
-        losses = {STUDENT: self.config.score_weight * jnp.mean(matched), FAKE: jnp.mean(fake)}
-        named = {f"{STUDENT}/{part}_{name}": value for name, value in metrics.items()}
-        return losses, named | {f"{FAKE}/{part}_error": jnp.mean(fake)}
+        losses = {STUDENT: jnp.mean(matched), FAKE: jnp.mean(fake)}
+        return losses, {(STUDENT, name): value for name, value in metrics.items()} | {(FAKE, "error"): losses[FAKE]}
 
     def score_gradient(
         self, params: Mapping[str, Params], x: Latents, cond: Conditioning, data: Latents, key: jax.Array

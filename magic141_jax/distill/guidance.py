@@ -14,36 +14,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from magic141_jax.diffusion import flow
 from magic141_jax.diffusion.guidance import guided
 from magic141_jax.diffusion.timesteps import TimeDensity
-from magic141_jax.distill import rollout
-from magic141_jax.distill.roles import STUDENT, TEACHER, Backbone, RolesConfig
+from magic141_jax.distill.roles import STUDENT, TEACHER, Distillation, DistillationConfig
 from magic141_jax.pytree import Params
-from magic141_jax.train.conditioner import ConditioningConfig, weighted_mean
+from magic141_jax.train.conditioner import Record, weighted_mean
 from magic141_jax.train.flow_matching import MINIMUM_TIME
-from magic141_jax.train.method import Batch, Metrics, Parts
+from magic141_jax.train.method import Parts
 
 
 @dataclasses.dataclass(frozen=True)
-class GuidanceConfig(ConditioningConfig):
+class GuidanceConfig(DistillationConfig):
     """Which scales, at which times.
 
     Attributes:
-      roles: how the student is held.
       scale: w; with a guidance embedding drawn uniformly between the two, else both must be equal.
       time: density of s.
-      image_weight, video_weight: of the two halves of the batch.
     """
 
-    caption_dropout: float = 0.0
-    roles: RolesConfig = dataclasses.field(default_factory=RolesConfig)
     scale: tuple[float, float] = (4.0, 4.0)
     time: TimeDensity = dataclasses.field(default_factory=lambda: TimeDensity(shift=4.0))
-    image_weight: float = 1.0
-    video_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,16 +43,10 @@ class GuidanceConfig(ConditioningConfig):
             raise ValueError(f"scale must not fall, got {self.scale}")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class GuidanceDistillation:
+class GuidanceDistillation(Distillation):
     """The method: role "student" over a frozen "teacher"."""
 
-    config: GuidanceConfig
-    backbone: Backbone
-    cadence: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
     Config = GuidanceConfig
-    roles = (STUDENT,)
 
     @classmethod
     def build(cls, config: GuidanceConfig, parts: Parts) -> GuidanceDistillation:
@@ -71,40 +57,17 @@ class GuidanceDistillation:
         """
         if config.scale[0] != config.scale[1] and not parts.network.config.guidance_embedding:
             raise ValueError("a range of scales needs config.model.guidance_embedding; else give one scale twice")
-        return cls(config, Backbone.create(config.roles, parts, parts.conditioner(config)))
-
-    @property
-    def frozen(self) -> Mapping[str, Params]:
-        """The teacher."""
-        return {TEACHER: self.backbone.frozen}
-
-    def init(self, key: jax.Array) -> dict[str, Params]:
-        """The student starts as the teacher."""
-        return {STUDENT: self.backbone.init(STUDENT, key)}
-
-    def components(self, params: Mapping[str, Params]) -> dict[str, tuple[str, Any, Params]]:
-        """The student's folders."""
-        return self.backbone.components(params)
+        return super().build(config, parts)
 
     def sampling(self) -> dict[str, Any]:
-        """The sampling settings that the student is trained for."""
-        return {"guidance_scale": 1.0 if self.config.scale[0] == self.config.scale[1] else sum(self.config.scale) / 2}
+        """The scale to ask for: 1 where it is in the weights, the middle of the range where it is told."""
+        low, high = self.config.scale
+        return {"guidance_scale": 1.0 if low == high else (low + high) / 2}
 
-    def losses(
-        self, params: Mapping[str, Params], batch: Batch, key: jax.Array, step: jax.Array
-    ) -> tuple[dict[str, jax.Array], Metrics]:
-        """The loss summed over the parts of the batch; metrics are the parts' own."""
-        del step
-        total, metrics = jnp.zeros(()), {}
-        for part, record, part_key in rollout.parts(batch, key):
-            loss = jnp.mean(self._part(params, part, record, part_key))
-            total += getattr(self.config, f"{part}_weight") * loss
-            metrics[f"{STUDENT}/{part}_guided"] = loss
-        return {STUDENT: total}, metrics
-
-    def _part(
-        self, params: Mapping[str, Params], part: str, record: Mapping[str, jax.Array], key: jax.Array
-    ) -> Float[Array, " b"]:
+    def part(
+        self, params: Mapping[str, Params], part: str, record: Record, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[tuple[str, str], jax.Array]]:
+        """The loss of one part."""
         cond_key, time_key, noise_key, scale_key = jax.random.split(key, 4)
         backbone = self.backbone
         data = record["latents"].astype(jnp.float32)
@@ -116,4 +79,5 @@ class GuidanceDistillation:
         target = guided(backbone.velocity(params, TEACHER), backbone.conditioner.negative(cond), w)(x, s, cond)
         made = backbone.velocity(params, STUDENT, trained=True, guidance=w)(x, s, cond)
         error = (made.astype(jnp.float32) - jax.lax.stop_gradient(target.astype(jnp.float32))) ** 2
-        return weighted_mean(error, 1 - cond.mask)
+        loss = jnp.mean(weighted_mean(error, 1 - cond.mask))
+        return {STUDENT: loss}, {(STUDENT, "guided"): loss}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,8 @@ from magic141_jax.errors import UserError
 from magic141_jax.models import lora, mmdit
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import Params, cast
-from magic141_jax.train.conditioner import Conditioner, Record
-from magic141_jax.train.method import Parts
+from magic141_jax.train.conditioner import Conditioner, ConditioningConfig, Record
+from magic141_jax.train.method import Batch, Metrics, Parts
 
 TEACHER, STUDENT, FAKE = "teacher", "student", "fake"
 Layout = Literal["adapter", "full"]
@@ -170,6 +170,83 @@ def _run_like(config: Any, other: Any) -> Any:
     """A network's config with the run-time choices of another: what is recomputed, the dtype, the attention kernel."""
     chosen = {name: getattr(other, name) for name in ("remat", "compute_dtype", "attention")}
     return dataclasses.replace(config, **chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationConfig(ConditioningConfig):
+    """What every distillation has.
+
+    Attributes:
+      roles: how the roles are held.
+      image_weight, video_weight: of the two halves of the batch.
+    """
+
+    caption_dropout: float = 0.0
+    roles: RolesConfig = dataclasses.field(default_factory=RolesConfig)
+    image_weight: float = 1.0
+    video_weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Distillation:
+    """A method over a frozen teacher; a subclass says which roles it trains, and their losses on a part of a batch.
+
+    Attributes:
+      config: the subclass's `Config`.
+      backbone: the roles' networks.
+    """
+
+    config: Any
+    backbone: Backbone
+
+    Config = DistillationConfig
+    roles = (STUDENT,)
+    cadence: ClassVar[Mapping[str, int]] = {}
+
+    @classmethod
+    def build(cls, config: Any, parts: Parts) -> Any:
+        """The method over an experiment's teacher."""
+        return cls(config, Backbone.create(config.roles, parts, parts.conditioner(config)))
+
+    @property
+    def frozen(self) -> Mapping[str, Params]:
+        """The teacher."""
+        return {TEACHER: self.backbone.frozen}
+
+    def init(self, key: jax.Array) -> dict[str, Params]:
+        """All roles start as the teacher."""
+        return {
+            role: self.backbone.init(role, k) for role, k in zip(self.roles, jax.random.split(key, len(self.roles)))
+        }
+
+    def components(self, params: Mapping[str, Params]) -> dict[str, tuple[str, Any, Params]]:
+        """The student's folders."""
+        return self.backbone.components(params)
+
+    def sampling(self) -> dict[str, Any]:
+        """The sampling settings that the student is trained for: by default those of its few steps."""
+        return self.config.walk.sampling()
+
+    def losses(
+        self, params: Mapping[str, Params], batch: Batch, key: jax.Array, step: jax.Array
+    ) -> tuple[dict[str, jax.Array], Metrics]:
+        """Losses summed over the parts of the batch, "image" and "video"; metrics by role and part."""
+        del step
+        losses: dict[str, jax.Array] = dict.fromkeys(self.roles, jnp.zeros(()))
+        metrics: Metrics = {}
+        for number, part in enumerate(("image", "video")):
+            if part in batch:
+                own, found = self.part(params, part, batch[part], jax.random.fold_in(key, number))
+                weight = getattr(self.config, f"{part}_weight")
+                losses = {role: losses[role] + weight * own[role] for role in self.roles}
+                metrics |= {f"{role}/{part}_{name}": value for (role, name), value in found.items()}
+        return losses, metrics
+
+    def part(
+        self, params: Mapping[str, Params], part: str, record: Record, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[tuple[str, str], jax.Array]]:
+        """Losses {role: scalar} and metrics {(role, name): scalar} on one part of a batch."""
+        raise NotImplementedError
 
 
 def memory_table(backbone: Backbone, roles: tuple[str, ...], *, shards: int = 1) -> str:

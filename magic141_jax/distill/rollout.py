@@ -13,7 +13,6 @@ A checkpoint records the walk that it was trained for (`SamplingSettings`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -100,9 +99,3 @@ def generate(
     noise_key, step_key = jax.random.split(key)
     noise = flow.draw_noise(noise_key, shape)
     return samplers.sample(student, cond, noise, config.times, sampler=config.sampler, key=step_key)
-
-
-def parts(batch: Mapping[str, Mapping[str, jax.Array]], key: jax.Array) -> list[tuple[str, Any, jax.Array]]:
-    """The parts of a batch, "image" and "video", each with a key of its own."""
-    names = enumerate(("image", "video"))
-    return [(name, batch[name], jax.random.fold_in(key, i)) for i, name in names if name in batch]

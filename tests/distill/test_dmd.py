@@ -1,0 +1,163 @@
+"""DMD by its formulas: gradients, a Gaussian that is matched, roles, the guidance part, data forcing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magic141_jax.diffusion.timesteps import TimeDensity
+from magic141_jax.distill.dmd import DMD, DMDConfig
+from magic141_jax.distill.roles import FAKE, STUDENT, TEACHER, RolesConfig
+from magic141_jax.distill.rollout import WalkConfig
+from magic141_jax.train import optim
+from magic141_jax.train.state import TrainState
+from magic141_jax.train.step import make_step
+
+
+def spread(t):
+    return t[:, None, None, None, None]
+
+
+def gaussian(p):
+    """The velocity of the data N(mean, exp(log)^2), exactly."""
+
+    def velocity(x, t, cond):
+        t, variance = spread(t), jnp.exp(2 * p["log"])
+        gain = (1 - t) * variance / ((1 - t) ** 2 * variance + t**2)
+        return (x - (p["mean"] + gain * (x - (1 - t) * p["mean"]))) / jnp.maximum(t, 0.05)
+
+    return velocity
+
+
+def generator(p):
+    """One step from noise: x0 = mean + scale noise."""
+    return lambda x, t, cond: x - (p["mean"] + p["scale"] * x)
+
+
+def toy(toys, **config):
+    walk = WalkConfig(steps=1)
+    config = DMDConfig(**{"guidance": 1.0, "walk": walk, **config})
+    return DMD(config, toys.Formulas({TEACHER: gaussian, STUDENT: generator, FAKE: gaussian}))
+
+
+def test_a_gaussian_is_matched_in_mean_and_in_deviation(toys):
+    method = toy(toys, ratio=2)
+    params = {
+        STUDENT: {"mean": jnp.array(0.0), "scale": jnp.array(1.0)},
+        FAKE: {"mean": jnp.array(0.0), "log": jnp.array(0.0)},
+    }
+    frozen = {TEACHER: {"mean": jnp.array(1.5), "log": jnp.log(0.5)}}
+    config = {"warmup_steps": 0, "weight_decay": 0.0, "decay": "constant", "ema_decay": 0.0, "b1": 0.0}
+    rates = {STUDENT: 0.01, FAKE: 0.03}
+    optimizers = {r: optim.make(optim.OptimizerConfig(learning_rate=rate, **config), 700) for r, rate in rates.items()}
+    # What `make_step` asks of a method, with the formulas' parameters for the teacher.
+    method = type(
+        "Toy", (), {"roles": method.roles, "cadence": method.cadence, "frozen": frozen, "losses": method.losses}
+    )
+    step, state = make_step(method, optimizers), TrainState.create(params, optimizers)
+    batch = {"video": {k: np.asarray(v) for k, v in toys.record(b=64, f=2).items()}}
+    for number in range(700):
+        state, metrics = step(state, batch, number)
+    assert "student/video_matching" not in metrics, "step 699 does not update the student"
+    student, fake = state.params[STUDENT], state.params[FAKE]
+    assert float(student["mean"]) == pytest.approx(1.5, abs=0.15)
+    assert abs(float(student["scale"])) == pytest.approx(0.5, abs=0.15)
+    assert float(fake["mean"]) == pytest.approx(float(student["mean"]), abs=0.15)
+
+
+def test_the_score_gradient_is_its_formula(toys):
+    """Velocities that depend on the text alone: x0 = x_s - s v, and everything follows by hand."""
+
+    def text_only(p):
+        return lambda x, t, cond: jnp.zeros_like(x) + p * spread(cond.pooled.mean(-1))
+
+    backbone = toys.Formulas({TEACHER: text_only, FAKE: text_only, STUDENT: text_only})
+    params = {TEACHER: 2.0, FAKE: 0.5, STUDENT: 1.0}
+    record = toys.record()
+    cond = backbone.conditioning(params, "video", record, None)
+    mask = cond.mask.at[:, 0].set(1.0)
+    cond = dataclasses.replace(cond, mask=mask)
+    x, word = jnp.zeros(record["latents"].shape), record["pooled"].mean(-1)
+    for guidance in (1.0, 3.0):
+        config = DMDConfig(guidance=guidance, score_range=(0.4999, 0.5))
+        method = DMD(config, backbone)
+        g, metrics = method.score_gradient(params, x, cond, record["latents"], jax.random.key(0))
+        assert (np.asarray(g)[:, 0] == 0).all(), "known frames have no gradient"
+        # x0 = noise / 2 - v / 2 here, and the empty caption's velocity is 0
+        matching = -0.5 * 0.5 * word + 0.5 * 2.0 * word
+        push = (guidance - 1) * (-0.5 * 2.0 * word)
+        np.testing.assert_allclose(
+            metrics["matching"], jnp.sqrt(jnp.mean(matching**2)), rtol=1e-3, err_msg=f"w = {guidance}"
+        )
+        np.testing.assert_allclose(metrics["guidance"], jnp.sqrt(jnp.mean(push**2)), rtol=1e-3, atol=1e-6)
+        ratio = np.asarray(g)[:, 1:].mean((1, 2, 3, 4)) / np.asarray(matching - push)
+        assert (ratio > 0).all(), "g points along fake minus real"
+
+
+def test_data_forcing_shows_the_real_score_the_true_clip(toys):
+    data = toys.record(b=4, seed=3)["latents"] + 5.0
+    cond = toys.Formulas({}).conditioning({}, "video", toys.record(b=4), None)
+    params = {
+        TEACHER: {"mean": jnp.array(0.0), "log": jnp.array(1.0)},
+        FAKE: {"mean": jnp.array(0.0), "log": jnp.array(1.0)},
+    }
+    x = jnp.zeros(data.shape)
+    plain = toy(toys).score_gradient(params, x, cond, data, jax.random.key(0))[0]
+    forced = toy(toys, data_forcing=1.0).score_gradient(params, x, cond, data, jax.random.key(0))[0]
+    np.testing.assert_allclose(plain, 0, atol=1e-5)
+    assert float(forced.mean()) < -0.3, "a step against g moves towards the data"
+
+
+def test_the_guidance_part_may_look_at_noise_of_its_own(toys):
+    cond = toys.Formulas({}).conditioning({}, "video", toys.record(), None)
+
+    def worded(p):
+        return lambda x, t, cond: p * x * spread(cond.pooled.mean(-1))
+
+    backbone = toys.Formulas({TEACHER: worded, FAKE: worded})
+    x, params = toys.record()["latents"], {TEACHER: 1.0, FAKE: 1.0}
+    shared, own = (
+        DMD(DMDConfig(own_guidance_time=flag), backbone).score_gradient(params, x, cond, x, jax.random.key(0))
+        for flag in (False, True)
+    )
+    np.testing.assert_allclose(shared[1]["matching"], own[1]["matching"], atol=1e-6)
+    assert abs(float(shared[1]["guidance"]) - float(own[1]["guidance"])) > 1e-4
+
+
+def test_networks_are_trained_by_role(toys):
+    config = DMDConfig(
+        roles=RolesConfig(student="full", fake="adapter", rank=2),
+        walk=WalkConfig(steps=2),
+        known_frames=(0.0, 1.0),
+        score_time=TimeDensity(kind="uniform", shift=5.0),
+        ratio=2,
+    )
+    method = DMD.build(config, toys.parts())
+    rates = optim.OptimizerConfig(learning_rate=1e-3, warmup_steps=0, clip_norm=0.0)
+    optimizers = {role: optim.make(rates, 10) for role in method.roles}
+    state, step = TrainState.create(method.init(jax.random.key(0)), optimizers), make_step(method, optimizers)
+    before = jax.device_get(state.params)
+    batch = {"image": toys.record(f=1), "video": toys.record()}
+    state, metrics = step(state, batch, 0)
+    assert metrics["finite"] and {"loss/student", "loss/fake", "student/image_guidance"} <= set(metrics)
+    after = jax.device_get(state.params)
+    state, metrics = step(state, batch, 1)
+    later = jax.device_get(state.params)
+    assert not any("student" in name for name in metrics)
+    largest = {
+        (role, when): max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), new[role], old[role])))
+        for when, (new, old) in {"first": (after, before), "second": (later, after)}.items()
+        for role in method.roles
+    }
+    assert largest[STUDENT, "first"] > 0 and largest[FAKE, "first"] > 0 and largest[FAKE, "second"] > 0
+    assert largest[STUDENT, "second"] == 0
+    assert method.sampling()["num_inference_steps"] == 2
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="score_range must rise"):
+        DMDConfig(score_range=(0.5, 0.2))
+    with pytest.raises(ValueError, match="ratio must be at least 1"):
+        DMDConfig(ratio=0)

@@ -1,0 +1,111 @@
+"""Roles start as the teacher, are trained apart, are merged for export, and their memory is what they hold."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magic141_jax.distill.roles import FAKE, STUDENT, TEACHER, Backbone, RolesConfig, memory_table
+from magic141_jax.errors import UserError
+from magic141_jax.models import mmdit
+from magic141_jax.pytree import flatten
+from magic141_jax.train.conditioner import ConditioningConfig
+
+CLEAN = ConditioningConfig(known_frames=(0.0, 1.0), history_noise_probability=0.0, caption_dropout=0.0)
+
+
+def backbone(toys, parts=None, **config):
+    parts = parts or toys.parts()
+    return Backbone.create(RolesConfig(**{"rank": 4, **config}), parts, parts.conditioner(CLEAN))
+
+
+def velocities(made, params, toys, roles):
+    record = toys.record()
+    cond = made.conditioning(params, "video", record, jax.random.key(0))
+    t = jnp.array([0.4, 0.9])
+
+    @jax.jit
+    def all_of(params):
+        return {role: made.velocity(params, role)(record["latents"], t, cond) for role in roles}
+
+    return all_of(params)
+
+
+@pytest.mark.parametrize("layout", ["adapter", "full"])
+def test_roles_start_as_the_teacher_and_leave_it_when_trained(toys, layout):
+    made = backbone(toys, student=layout, fake=layout)
+    params = {role: made.init(role, jax.random.key(i)) for i, role in enumerate((STUDENT, FAKE))}
+    params[TEACHER] = made.frozen
+    v = velocities(made, params, toys, (TEACHER, STUDENT, FAKE))
+    np.testing.assert_allclose(v[STUDENT], v[TEACHER], atol=1e-6)
+    np.testing.assert_allclose(v[FAKE], v[TEACHER], atol=1e-6)
+    params[STUDENT] = jax.tree.map(lambda x: x + 0.05, params[STUDENT])
+    moved = velocities(made, params, toys, (TEACHER, STUDENT, FAKE))
+    assert np.abs(moved[STUDENT] - v[STUDENT]).max() > 1e-2
+    np.testing.assert_array_equal(moved[TEACHER], v[TEACHER])
+    _, config, transformer = made.components(params)["transformer"]
+    exported = mmdit.velocity_fn(made.network, transformer)
+    record = toys.record()
+    cond = made.conditioning(params, "video", record, jax.random.key(0))
+    again = exported(record["latents"], jnp.array([0.4, 0.9]), cond)
+    np.testing.assert_allclose(again, moved[STUDENT], atol=3e-5)
+    assert config == toys.SIZES
+
+
+def test_gradients_flow_only_where_asked(toys):
+    made = backbone(toys, student="adapter")
+    params = {STUDENT: made.init(STUDENT, jax.random.key(0)), TEACHER: made.frozen}
+    record = toys.record()
+    cond = made.conditioning(params, "video", record, jax.random.key(0))
+
+    def size(params, trained):
+        v = made.velocity(params, STUDENT, trained=trained)(record["latents"], jnp.array([0.4, 0.9]), cond)
+        return jnp.mean(v**2)
+
+    grads = [jax.grad(size)(params, trained)[STUDENT] for trained in (True, False)]
+    largest = [max(float(jnp.abs(g).max()) for g in jax.tree.leaves(tree)) for tree in grads]
+    assert largest[0] > 0 and largest[1] == 0
+
+
+def test_the_weak_teacher_takes_a_share_of_the_fake_scores_adapter(toys):
+    made, plain = backbone(toys, weak=0.25), backbone(toys)
+    fake = jax.tree.map(lambda x: x + 0.05, made.init(FAKE, jax.random.key(0)))
+    params = {FAKE: fake, TEACHER: made.frozen}
+    quarter = {FAKE: jax.tree_util.tree_map_with_path(lambda p, x: x / 4 if p[-1].key == "b" else x, fake)}
+    weak = velocities(made, params, toys, (TEACHER,))[TEACHER]
+    expected = velocities(plain, {**params, **quarter}, toys, (FAKE,))[FAKE]
+    np.testing.assert_allclose(weak, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="weak needs"):
+        RolesConfig(weak=0.1, fake="full")
+
+
+def test_a_guidance_embedding_may_be_gained_and_adds_nothing_at_first(toys):
+    made = backbone(toys, toys.parts(guidance_embedding=True), student="full", fake="full")
+    params = {STUDENT: made.init(STUDENT, jax.random.key(0)), TEACHER: made.frozen}
+    v = velocities(made, params, toys, (TEACHER, STUDENT))
+    np.testing.assert_allclose(v[STUDENT], v[TEACHER], atol=1e-6)
+    with pytest.raises(UserError, match="'full'"):
+        backbone(toys, toys.parts(guidance_embedding=True))
+
+
+def test_another_teacher_is_refused_by_name(toys):
+    with pytest.raises(UserError, match="differ in width"):
+        backbone(toys, toys.parts(width=32, heads=4))
+
+
+def test_the_memory_table_counts_what_is_held(toys):
+    made = backbone(toys, student="adapter", fake="adapter")
+    lines = memory_table(made, (STUDENT, FAKE)).splitlines()
+    assert [line.split()[:2] for line in lines[1:6]] == [
+        ["teacher", "frozen"],
+        ["student", "adapter"],
+        ["student", "(full)"],
+        ["fake", "adapter"],
+        ["fake", "(full)"],
+    ]
+    large = dataclasses.replace(made, network=made.network)
+    count = sum(x.size for x in flatten(large.network.abstract_params).values())
+    total = float(lines[-1].split(":")[1].split()[0])
+    assert total == pytest.approx(4 * count / 2**30, abs=0.01)
