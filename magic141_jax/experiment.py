@@ -34,9 +34,9 @@ from magic141_jax.models.network import Network
 from magic141_jax.pipelines.components import SamplingSettings, load_model
 from magic141_jax.pytree import Params, flatten, require_match
 from magic141_jax.train import loop, optim, preview, streams
-from magic141_jax.train.autoencoding import VAE, Autoencoding, as_float
+from magic141_jax.train.autoencoding import VAE, Autoencoding
 from magic141_jax.train.checkpoint import Checkpoints
-from magic141_jax.train.conditioner import Conditioner, ConditioningConfig, NullText
+from magic141_jax.train.conditioner import Conditioner, ConditioningConfig, NullText, as_float
 from magic141_jax.train.flow_matching import STUDENT, FlowMatching
 from magic141_jax.train.method import Method, Parts
 from magic141_jax.train.metrics import MetricWriter

@@ -104,22 +104,21 @@ class DMD(Distillation):
         `data` are true latents of the same captions, for data forcing.
         """
         config = self.config
-        time_key, noise_key, force_key, other_key = jax.random.split(key, 4)
+        time_key, noise_key, force_key, own_time_key, own_noise_key = jax.random.split(key, 5)
         s, noise = self._score_times(time_key, x.shape[:1]), flow.draw_noise(noise_key, x.shape)
         forced = jax.random.bernoulli(force_key, config.data_forcing, x.shape[:1])
         seen = jnp.where(forced[:, None, None, None, None], data, x) if config.data_forcing else x
         fake = self._sample_of(self.backbone.velocity(params, FAKE), x, noise, s, cond)
-        if config.guidance == 1:
+        if config.guidance == 1 or config.own_guidance_time:
             real = self._sample_of(self.backbone.velocity(params, TEACHER), seen, noise, s, cond)
             push = jnp.zeros_like(real)
+            if config.guidance != 1:
+                s, noise = self._score_times(own_time_key, x.shape[:1]), flow.draw_noise(own_noise_key, x.shape)
+                push = jnp.subtract(*self._both(params, seen, noise, s, cond))
         else:
             real, negative = self._both(params, seen, noise, s, cond)
-            if config.own_guidance_time:
-                s, noise = self._score_times(other_key, x.shape[:1]), flow.draw_noise(other_key, x.shape)
-                push = jnp.subtract(*self._both(params, seen, noise, s, cond))
-            else:
-                push = real - negative
-            push = (config.guidance - 1) * push
+            push = real - negative
+        push = (config.guidance - 1) * push
         unknown = 1 - cond.mask
         scale = weighted_mean(jnp.abs(x - real - push), unknown)[:, None, None, None, None] + NORMALISER_FLOOR
         sizes = {"matching": fake - real, "guidance": push}

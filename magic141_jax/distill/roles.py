@@ -26,9 +26,10 @@ from magic141_jax.models import lora, mmdit
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import Params, cast
 from magic141_jax.train.conditioner import Conditioner, ConditioningConfig, Record
+from magic141_jax.train.flow_matching import STUDENT
 from magic141_jax.train.method import Batch, Metrics, Parts
 
-TEACHER, STUDENT, FAKE = "teacher", "student", "fake"
+TEACHER, FAKE = "teacher", "fake"
 Layout = Literal["adapter", "full"]
 MOMENTS = 2  # float32 copies that AdamW holds of each trained parameter; Muon holds one, of the hidden matrices
 
