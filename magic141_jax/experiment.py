@@ -28,6 +28,7 @@ from magic141_jax.data import __main__ as data_cli
 from magic141_jax.distill.consistency import Consistency
 from magic141_jax.distill.dmd import DMD
 from magic141_jax.distill.guidance import GuidanceDistillation
+from magic141_jax.distill.regression import Regression
 from magic141_jax.errors import UserError, nearest
 from magic141_jax.models import MODELS, SHARDING_RULES, lora, mmdit, patch_vae
 from magic141_jax.models.network import Network
@@ -134,6 +135,7 @@ METHODS = {
     "dmd": DMD,
     "consistency": Consistency,
     "guidance": GuidanceDistillation,
+    "regression": Regression,
 }
 
 
