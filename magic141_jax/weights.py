@@ -7,6 +7,9 @@ Tensors are named by their dotted path (see `magic141_jax.pytree`). Storage may 
 keeps matrices as integers with one float32 scale per output channel (symmetric, weight only) in `<path>::scale`,
 and is expanded to float32 on reading. Biases and norm scales stay float32: stacked over layers they look like
 matrices, but rounding them costs accuracy and saves next to nothing.
+
+Components stand in one folder with a model_index.json. Weights that differ from others in some components only hold
+just these, and name the others' folder, a sibling, as "base" in the index.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from safetensors.flax import save_file
 
 from magic141_jax.errors import UserError
 from magic141_jax.pytree import Params, flatten, unflatten
+
+COMPONENTS = ("image_encoder", "text_encoder", "transformer", "vae")
 
 Storage = Literal["float32", "bfloat16", "int8"]
 SCALE = "::scale"
@@ -126,13 +131,42 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return found
 
 
+def part(folder: Path, name: str) -> Path:
+    """The folder of a component of weights: `folder`/`name`, or the base's where these weights have none of their own.
+
+    Raises:
+      UserError: the base that the index names is no sibling folder.
+    """
+    own, index = Path(folder) / name, Path(folder) / "model_index.json"
+    if own.is_dir() or not index.is_file():
+        return own
+    base = read_json(index).get("base")
+    if base is None:
+        return own
+    # Only a plain name beside the folder: downloaded weights must not lead anywhere else.
+    if not isinstance(base, str) or not base or set(base) & set("/\\:") or base.startswith("."):
+        raise UserError(f"{index} names the base {base!r}; it must be the name of a folder beside {folder}")
+    found = Path(folder).resolve().parent / base
+    if not found.is_dir():
+        raise UserError(f"{folder} needs the weights folder {found} for its {name}; copy that one too")
+    return found / name
+
+
 def digest(folder: Path) -> str:
-    """The first 16 hex digits of the SHA-256 over every safetensors file below `folder`, in path order."""
+    """The first 16 hex digits of the SHA-256 over every safetensors file of weights, in path order."""
     total = hashlib.sha256()
-    for file in sorted(Path(folder).rglob("*.safetensors")):
+    for file in files(folder, "*.safetensors"):
         with file.open("rb") as stream:
             total.update(hashlib.file_digest(stream, "sha256").digest())
     return total.hexdigest()[:16]
+
+
+def files(folder: Path, pattern: str) -> list[Path]:
+    """The files below `folder` and in the components that its base lends, in the order of their relative paths."""
+    found = {file.relative_to(folder): file for file in Path(folder).rglob(pattern)}
+    for lent in (part(folder, name) for name in COMPONENTS):
+        found |= {Path(lent.name) / file.relative_to(lent): file for file in lent.rglob(pattern)}
+    return [found[name] for name in sorted(found)]
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, Any]) -> None:

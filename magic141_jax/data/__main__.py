@@ -142,25 +142,26 @@ def _load_encoders(folder: str, text_length: int | None) -> tuple[Encoders, dict
     Only vae/ and text_encoder/ are read, so that latents can be made before there is a transformer.
     """
     path = find_folder(folder)
-    network, params = load_model(path / "vae")
-    kind = weights.read_json(path / "text_encoder" / "config.json").get("model")
+    vae, text = weights.part(path, "vae"), weights.part(path, "text_encoder")
+    network, params = load_model(vae)
+    kind = weights.read_json(text / "config.json").get("model")
     if kind not in TEXT_ENCODERS:
-        raise UserError(f"{path / 'text_encoder'} holds {kind!r}; known are {', '.join(TEXT_ENCODERS)}")
-    text_encoder = TEXT_ENCODERS[kind](path / "text_encoder", text_length)
+        raise UserError(f"{text} holds {kind!r}; known are {', '.join(TEXT_ENCODERS)}")
+    text_encoder = TEXT_ENCODERS[kind](text, text_length)
 
     @jax.jit
     def encode(params: Any, frames: jax.Array) -> jax.Array:
         return network(params, frames.astype(np.float32) / 255, method="encode_latents")
 
     def encode_text(captions: list[str]) -> tuple[Any, Any, Any]:
-        text = text_encoder.encode(captions)
-        return text.states, text.mask, text.pooled
+        made = text_encoder.encode(captions)
+        return made.states, made.mask, made.pooled
 
     index = path / "model_index.json"
     sampling = weights.read_json(index).get("sampling", {}) if index.exists() else {}
     settings = {key: sampling.get(key, value) for key, value in DEFAULTS.items()}
     factors = network.config.spatial_factor, network.config.temporal_factor
-    digest = weights.digest(path / "vae") + weights.digest(path / "text_encoder")
+    digest = weights.digest(vae) + weights.digest(text)
     return Encoders(lambda frames: encode(params, frames), encode_text), settings, factors, digest
 
 

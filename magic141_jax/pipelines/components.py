@@ -1,6 +1,7 @@
 """From a weights folder to networks with parameters, and the settings that they were made for.
 
-    DIR/model_index.json                                 {"format": 1, "sampling": {...}}, see `SamplingSettings`
+    DIR/model_index.json                                 {"format": 1, "sampling": {...}}, see `SamplingSettings`;
+                                                         with "base": "NAME" the rest is in the folder NAME beside DIR
     DIR/{transformer,vae,text_encoder,image_encoder}/    config.json + safetensors, see `magic141_jax.weights`
 
 or a published pipeline folder in diffusers' layout, see `magic141_jax.pipelines.published`.
@@ -108,7 +109,7 @@ class Components:
     def config_digest(self) -> str:
         """The first 16 hex digits of the SHA-256 over every JSON file of the folder, in path order."""
         total = hashlib.sha256()
-        for file in sorted(self.folder.rglob("*.json")):
+        for file in weights.files(self.folder, "*.json"):
             total.update(file.read_bytes())
         return total.hexdigest()[:16]
 
@@ -147,12 +148,13 @@ def load_components(
     if index.get("format") != 1:
         raise UserError(f"{folder / 'model_index.json'} has format {index.get('format')!r}; this version reads 1")
     sampling = settings.build(SamplingSettings, index.get("sampling", {}), where="model_index.sampling")
+    part = functools.partial(weights.part, folder)
     models = {
-        name: load_model(folder / name, overrides={"compute_dtype": dtype} if name == "transformer" else {}, mesh=mesh)
+        name: load_model(part(name), overrides={"compute_dtype": dtype} if name == "transformer" else {}, mesh=mesh)
         for name in ("transformer", "vae", "image_encoder")
     }
-    kind = weights.read_json(folder / "text_encoder" / "config.json").get("model")
-    text_encoder = _pick(TEXT_ENCODERS, kind, folder / "text_encoder")(folder / "text_encoder")
+    kind = weights.read_json(part("text_encoder") / "config.json").get("model")
+    text_encoder = _pick(TEXT_ENCODERS, kind, part("text_encoder"))(part("text_encoder"))
     made = Components(folder=folder, text_encoder=text_encoder, sampling=sampling, mesh=mesh, **models)
     return made if lora is None else _with_lora(made, Path(lora), lora_scale)
 

@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from magic141_jax.convert import hub, memory
@@ -35,6 +36,23 @@ def test_digests_follow_the_files(weights_folder, tmp_path):
     assert second.sampling.fps == 12
     assert second.digest == first.digest
     assert second.config_digest != first.config_digest
+
+
+def test_a_folder_may_borrow_components_from_a_sibling(weights_folder, tmp_path):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    shutil.copytree(weights_folder, whole)
+    shutil.copytree(weights_folder / "transformer", part / "transformer")
+    index = json.loads((whole / "model_index.json").read_text())
+    index["sampling"]["num_inference_steps"] = 3
+    (part / "model_index.json").write_text(json.dumps(index | {"base": "whole"}))
+    made, plain = load_components(part), load_components(whole)
+    assert made.sampling.num_inference_steps == 3 != plain.sampling.num_inference_steps
+    jax.tree.map(np.testing.assert_array_equal, made.vae.params, plain.vae.params)
+    assert made.digest == plain.digest
+    for base, message in (("../../etc", "folder beside"), (3, "folder beside"), ("none", "copy that one too")):
+        (part / "model_index.json").write_text(json.dumps(index | {"base": base}))
+        with pytest.raises(UserError, match=message):
+            load_components(part)
 
 
 def test_bad_index(weights_folder, tmp_path):
