@@ -29,6 +29,7 @@ from magic141_jax.distill.consistency import Consistency
 from magic141_jax.distill.dmd import DMD
 from magic141_jax.distill.guidance import GuidanceDistillation
 from magic141_jax.distill.regression import Regression
+from magic141_jax.distill.trajectory import Trajectory
 from magic141_jax.errors import UserError, nearest
 from magic141_jax.models import MODELS, SHARDING_RULES, lora, mmdit, patch_vae
 from magic141_jax.models.network import Network
@@ -136,6 +137,7 @@ METHODS = {
     "consistency": Consistency,
     "guidance": GuidanceDistillation,
     "regression": Regression,
+    "trajectory": Trajectory,
 }
 
 

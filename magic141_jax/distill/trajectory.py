@@ -1,0 +1,82 @@
+"""Each step of the student does the work of several guided steps of the teacher (progressive distillation, arXiv
+2202.00512, in one stage; as regression on trajectories it is also the start of arXiv 2412.07772 before its DMD).
+
+The walk's grid t_0 > ... > t_n cuts the teacher's path into n pieces, each of m Euler steps with guidance w:
+
+    x_t = (1 - t_i) x0 + t_i eps             y = teacher's m steps from x_t to t_{i+1}
+    loss = mean over unknown latents of (v_student(x_t, t_i, c) - (y - x_t) / (t_{i+1} - t_i))^2
+
+Where the teacher's path bends little between two times, the student's Euler walk ends where the teacher's does, noise by
+noise: motion and diversity stay. It can't be sharper than the teacher; that is left to distribution matching.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from magic141_jax.diffusion import flow, timesteps
+from magic141_jax.diffusion.guidance import guided
+from magic141_jax.distill.roles import STUDENT, TEACHER, Distillation, DistillationConfig
+from magic141_jax.distill.rollout import WalkConfig
+from magic141_jax.pytree import Params
+from magic141_jax.shapes import Times
+from magic141_jax.train.conditioner import Record, weighted_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class TrajectoryConfig(DistillationConfig):
+    """The student's few steps, and the teacher's within each of them.
+
+    Attributes:
+      walk: the student's few steps, of Euler's kind.
+      guidance: w.
+      substeps: m.
+    """
+
+    walk: WalkConfig = dataclasses.field(default_factory=lambda: WalkConfig(sampler="euler"))
+    guidance: float = 4.0
+    substeps: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.walk.sampler != "euler":
+            raise ValueError(f"a trajectory is walked by walk.sampler='euler', not {self.walk.sampler!r}")
+        if self.substeps < 1:
+            raise ValueError(f"substeps must be at least 1, got {self.substeps}")
+
+
+class Trajectory(Distillation):
+    """The method: role "student" over a frozen "teacher"."""
+
+    Config = TrajectoryConfig
+
+    def part(
+        self, params: Mapping[str, Params], part: str, record: Record, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[tuple[str, str], jax.Array]]:
+        """The loss of one part."""
+        cond_key, index_key, noise_key = jax.random.split(key, 3)
+        config, backbone = self.config, self.backbone
+        data = record["latents"].astype(jnp.float32)
+        cond = backbone.conditioning(params, part, record, cond_key)
+        fine = timesteps.grid(config.walk.steps * config.substeps, config.walk.shift)
+        first = config.substeps * jax.random.randint(index_key, data.shape[:1], 0, config.walk.steps)
+        x = flow.interpolate(data, flow.draw_noise(noise_key, data.shape), fine[first])
+        teacher = guided(backbone.velocity(params, TEACHER), backbone.conditioner.negative(cond), config.guidance)
+
+        def step(j: jax.Array, y: jax.Array) -> jax.Array:
+            t, t_next = fine[first + j], fine[first + j + 1]
+            return y + _spread(t_next - t) * teacher(y, t, cond).astype(jnp.float32)
+
+        y = jax.lax.fori_loop(0, config.substeps, step, x)
+        target = (y - x) / _spread(fine[first + config.substeps] - fine[first])
+        made = backbone.velocity(params, STUDENT, trained=True)(x, fine[first], cond).astype(jnp.float32)
+        loss = jnp.mean(weighted_mean((made - jax.lax.stop_gradient(target)) ** 2, 1 - cond.mask))
+        return {STUDENT: loss}, {(STUDENT, "error"): loss}
+
+
+def _spread(t: Times) -> jax.Array:
+    return t[:, None, None, None, None]
