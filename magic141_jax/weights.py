@@ -126,10 +126,10 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def digest(folder: Path) -> str:
-    """The first 16 hex digits of the SHA-256 over every safetensors file below `folder`, in path order."""
-    total = hashlib.sha256()
-    for file in sorted(Path(folder).rglob("*.safetensors")):
+def digest(path: Path) -> str:
+    """The first 16 hex digits of the SHA-256 over a file, or over a folder's safetensors files in path order."""
+    path, total = Path(path), hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
         with file.open("rb") as stream:
             total.update(hashlib.file_digest(stream, "sha256").digest())
     return total.hexdigest()[:16]
