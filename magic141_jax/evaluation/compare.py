@@ -153,11 +153,11 @@ def read_splits(text: str) -> tuple[str, ...]:
 
 def load_rows(rows: Sequence[Row]) -> tuple[Loaded, ...]:
     """Loads shared files once; raises `UserError`, before anything is sampled, for what can't be compared."""
+    folders = [find_folder(row.weights).resolve() for row in rows]
     pipelines: dict[tuple[Any, ...], TextToVideoPipeline] = {}
     loaded = []
-    for row in rows:
+    for row, folder in zip(rows, folders, strict=True):
         try:
-            folder = find_folder(row.weights).resolve()
             parts = {name: getattr(row, name) or None for name in PARTS}
             source = (folder, *parts.values())
             if source not in pipelines:
