@@ -84,7 +84,7 @@ def draw(rows: Mapping[str, Any], split: str, *, axis: Axis, measures: Sequence[
       measures: of `standing.TABLE`; one that a kind lacks leaves its panel empty.
 
     Raises:
-      UserError: matplotlib isn't installed, or no row has a step although x is one.
+      UserError: matplotlib isn't installed, nothing of `measures` was measured, or no row has a step although x is one.
     """
     try:
         import matplotlib
@@ -94,7 +94,9 @@ def draw(rows: Mapping[str, Any], split: str, *, axis: Axis, measures: Sequence[
     if axis == "steps" and all(split_label(label)[1] is None for label in rows):
         raise UserError(f"no row is named NAME@STEP, so there is no curve to draw; the rows are {', '.join(rows)}")
     first = next(iter(next(iter(rows.values()))["values"][split].values()))
-    kinds = [kind for kind in KINDS if kind in first]
+    kinds = [kind for kind in KINDS if set(measures) & set(first.get(kind, ()))]
+    if not kinds:
+        raise UserError(f"the comparison has none of the measures to plot: {', '.join(measures)}")
     size = (PANEL_INCHES[0] * len(measures), PANEL_INCHES[1] * len(kinds) + 0.4)
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
         figure = Figure(figsize=size, layout="constrained")
@@ -106,8 +108,9 @@ def draw(rows: Mapping[str, Any], split: str, *, axis: Axis, measures: Sequence[
                     panel.set_title(f"{KINDS[kind]}: {_label(measure)}", fontsize=9)
                 else:
                     panel.set_axis_off()
-        handles, names = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 6), frameon=False)
+        told = [zip(*reversed(panel.get_legend_handles_labels()), strict=True) for panel in panels.flat]
+        names = {name: handle for pairs in told for name, handle in pairs}
+        figure.legend(names.values(), names, loc="outside upper center", ncols=6, frameon=False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()

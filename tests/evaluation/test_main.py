@@ -1,12 +1,14 @@
 """The command, from its flags to its files, with tiny random weights."""
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 
 from magic141_jax.errors import UserError
-from magic141_jax.evaluation import compare, record, report, standing
-from magic141_jax.evaluation.__main__ import main
+from magic141_jax.evaluation import compare, page, plots, record, report, standing
+from magic141_jax.evaluation.__main__ import main, parse_compare
 
 
 @pytest.mark.heavy
@@ -82,6 +84,17 @@ def test_page(tmp_path, capsys):
     assert "| a | 4 | 1 | 0.50 |" in (tmp_path / "docs" / "experiments.md").read_text()
     with pytest.raises(UserError, match="required: DOCS"):
         main(["page", str(results)])
+
+
+def test_the_commands_of_the_repositorys_page_are_read():
+    results = Path(__file__).parents[2] / "docs" / "results" / "distillation"
+    for experiment in page.read_index(results).experiment:
+        words = shlex.split(experiment.commands[-1].replace("\\\n", " "))
+        assert words[:4] == ["python", "-m", "magic141_jax.evaluation", "compare"]
+        args, rows, plan = parse_compare(words[4:])
+        assert args.output.name == experiment.file and len(plan.seeds) >= 3
+        steps = [plots.split_label(row.label)[1] for row in rows]
+        assert any(steps) == bool(experiment.plot), "a curve has points"
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,10 @@ def test_a_measure_that_a_kind_lacks_is_left_out():
         of["values"]["train"]["0"]["i2v"]["first_frame_psnr"] = 30.0
     text = plots.draw(rows, "train", axis="steps", measures=("motion", "first_frame_psnr"))
     assert "I2V: PSNR of the first frame" in text and "T2V: PSNR" not in text
+    text = plots.draw(rows, "train", axis="steps", measures=("first_frame_psnr",))
+    assert "I2V: PSNR" in text and "T2V" not in text and ">a</text>" in text
+    with pytest.raises(UserError, match="none of the measures to plot: colour"):
+        plots.draw(rows, "train", axis="steps", measures=("colour",))
 
 
 def test_nothing_to_draw():
