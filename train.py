@@ -1,7 +1,7 @@
 """Trains what a config describes, or exports what was trained.
 
     python train.py --config=configs/emoji64.py --workdir=runs/emoji64 --config.train.steps=1000
-    python train.py --config=configs/emoji64.py --workdir=runs/emoji64 --export=weights/mine
+    python train.py --config=configs/emoji64.py --workdir=runs/emoji64 --export=weights/mine [--export_step=500]
 
 Started again, a run goes on from its last checkpoint. SIGTERM and Ctrl-C save and end it.
 """
@@ -17,10 +17,13 @@ from ml_collections import ConfigDict, config_flags
 from magic141_jax.errors import UserError, nearest, run_entry_point
 from magic141_jax.experiment import Experiment
 from magic141_jax.pipelines.components import enable_compilation_cache
+from magic141_jax.train.checkpoint import read_step
+from magic141_jax.train.state import TrainState
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; its keys are set by --config.a.b=value.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, and weights at the end.")
 _EXPORT = flags.DEFINE_string("export", None, "Write the last checkpoint's averaged weights to this folder, and end.")
+_EXPORT_STEP = flags.DEFINE_integer("export_step", None, "With --export: the checkpoint of this step, not the last.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 
 
@@ -30,7 +33,7 @@ def main() -> None:
     enable_compilation_cache()
     experiment = Experiment.from_config(config, Path(_WORKDIR.value))
     if _EXPORT.value:
-        experiment.export(experiment.restore(), Path(_EXPORT.value))
+        experiment.export(_state_to_export(experiment), Path(_EXPORT.value))
         print(f"wrote {_EXPORT.value}")
         return
     result = experiment.train(progress=_PROGRESS.value)
@@ -40,6 +43,13 @@ def main() -> None:
     target = experiment.workdir / "weights"
     experiment.export(result.state, target)
     print(f"{result.step} steps done; weights in {target}")
+
+
+def _state_to_export(experiment: Experiment) -> TrainState:
+    """The state after --export_step steps (train.keep has to have kept it), or after the last ones."""
+    if _EXPORT_STEP.value is None:
+        return experiment.restore()
+    return read_step(experiment.workdir / "checkpoints", experiment.abstract_state, _EXPORT_STEP.value)
 
 
 def _parse(arguments: list[str]) -> ConfigDict:
@@ -52,6 +62,8 @@ def _parse(arguments: list[str]) -> ConfigDict:
         raise UserError(str(error)) from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; flags look like --config.train.steps=100")
+    if _EXPORT_STEP.value is not None and not _EXPORT.value:
+        raise UserError("--export_step says which checkpoint --export=FOLDER writes; give both")
     if _CONFIG.value is None or not _WORKDIR.value:
         raise UserError("--config and --workdir are needed: train.py --config=configs/debug.py --workdir=runs/debug")
     return _readable(_CONFIG.value)

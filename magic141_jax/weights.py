@@ -152,10 +152,10 @@ def part(folder: Path, name: str) -> Path:
     return found / name
 
 
-def digest(folder: Path) -> str:
-    """The first 16 hex digits of the SHA-256 over every safetensors file of weights, in path order."""
-    total = hashlib.sha256()
-    for file in files(folder, "*.safetensors"):
+def digest(path: Path) -> str:
+    """The first 16 hex digits of the SHA-256 over a file, or over a folder's safetensors files in path order."""
+    path, total = Path(path), hashlib.sha256()
+    for file in [path] if path.is_file() else files(path, "*.safetensors"):
         with file.open("rb") as stream:
             total.update(hashlib.file_digest(stream, "sha256").digest())
     return total.hexdigest()[:16]

@@ -80,12 +80,20 @@ def test_a_killed_run_ends_with_the_same_losses(tmp_path):
     weights = [(tmp_path / run / "weights/transformer/model.safetensors").read_bytes() for run in ("whole", "killed")]
     assert weights[0] == weights[1]
 
+    earlier, last = sorted(int(path.name) for path in (tmp_path / "whole" / "checkpoints").glob("[0-9]*"))
+    target = tmp_path / "earlier"
+    code, output, errors = finish(debug(tmp_path / "whole", steps, f"--export={target}", f"--export_step={earlier}"))
+    assert code == 0 and last == 40, errors
+    assert (target / "transformer" / "model.safetensors").read_bytes() != weights[0]
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--config=configs/debug.py"], "--config and --workdir are needed"),
         (["--config=configs/none.py", "--workdir=W"], "can't read the --config file"),
+        (["--config=configs/debug.py", "--workdir=W", "--export_step=3"], "which checkpoint --export=FOLDER writes"),
+        (["--config=configs/debug.py", "--workdir=W", "--export=W/x", "--export_step=3"], "no checkpoint of step 3"),
         (["--config=configs/debug.py", "--workdir=W", "--config.train.stpes=3"], "unknown key config.train.stpes"),
         (["--config=configs/debug.py", "--workdir=W", "--config.train.steps=many"], "config.train.steps"),
         (["--config=configs/folder.py", "--workdir=W", "--config.data.path=nowhere"], "no data at nowhere"),

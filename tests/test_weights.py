@@ -119,6 +119,8 @@ def test_digest_depends_on_the_tensors_alone(tmp_path):
     assert len(first) == 16 and first == weights.digest(tmp_path / "b")
     weights.save(tmp_path / "b/net", CONFIG, params | {"steps": jnp.arange(3) + 1})
     assert first != weights.digest(tmp_path / "b")
+    file = tmp_path / "a/net/model.safetensors"
+    assert weights.digest(file) == first, "a file alone is told by the same digits"
 
 
 def drawn(seed=0):

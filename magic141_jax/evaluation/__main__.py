@@ -5,9 +5,12 @@
     python -m magic141_jax.evaluation compare --row "teacher=DIR:steps=50,guidance=1.5"
         --row "student=DIR:steps=4,guidance=1" [--samples N] [--seeds 0,1,2] [--splits train,triples] [--draws K]
         [--output comparison.json]
+    python -m magic141_jax.evaluation page docs/results/distillation docs
 
 The first prints the card's table; with --card, it replaces what stands between the card's evaluation markers. The
-second holds all rows against the first one; see `magic141_jax.evaluation.compare` for rows and measures.
+second holds all rows against the first one; see `magic141_jax.evaluation.compare` for rows and measures. Its output
+is written after every seed: started again, it goes on with the seeds that are missing. The third makes a page of such
+outputs; see `magic141_jax.evaluation.page`.
 """
 
 from __future__ import annotations
@@ -24,9 +27,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from magic141_jax import weights
 from magic141_jax.data.emoji import DEFAULT_PACK, EmojiPack
 from magic141_jax.errors import OneLineParser, UserError, run_entry_point
-from magic141_jax.evaluation import compare, drift, protocol, report, standing
+from magic141_jax.evaluation import compare, drift, page, protocol, record, report, standing
 from magic141_jax.evaluation.templates import Search
 from magic141_jax.pipelines.components import DEFAULT
 from magic141_jax.pipelines.options import resolve
@@ -60,8 +64,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv`; raises `UserError` for what the user can mend."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["compare"]:
-        return main_compare(argv[1:])
+    if argv[:1] and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
     args = parse(argv)
     card = None if args.card is None else _read_card(args.card)
     _check_outputs(args.output, args.sheet)
@@ -126,14 +130,15 @@ def parse_compare(argv: Sequence[str]) -> tuple[argparse.Namespace, tuple[compar
         description="Holds samplers against the first of them, on the same captions, first frames and noise.",
     )
     plan = compare.Plan()
-    row = "label=FOLDER[:steps=N,guidance=G,shift=S,sampler=NAME]; the first is what the others are held against"
+    row = "label=FOLDER[:KEY=VALUE,...] with steps, guidance, shift, sampler, lora (a file) or transformer (a folder); "
+    row += "the others are held against the first"
     parser.add_argument("--row", action="append", default=[], metavar="ROW", help=row)
     parser.add_argument("--samples", type=int, default=plan.samples, metavar="N", help="captions a split and seed")
     parser.add_argument("--seeds", default="0", metavar="LIST", help="draw captions, first frames and noise: 0,1,2")
     parser.add_argument("--splits", default=",".join(plan.splits), metavar="LIST", help=", ".join(protocol.SPLITS))
     parser.add_argument("--draws", type=int, default=plan.draws, metavar="K", help="noises a caption, for diversity")
     parser.add_argument("--pack", type=Path, default=DEFAULT_PACK, metavar="ZIP", help="the emoji pack")
-    parser.add_argument("--output", type=Path, metavar="JSON", help="write all values here, by seed")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="all values; goes on with what is there")
     args = parser.parse_args(argv)
     for name in ("samples", "draws"):
         if not 2 <= getattr(args, name) <= MAX_SAMPLES:
@@ -146,22 +151,46 @@ def main_compare(argv: Sequence[str]) -> int:
     """Runs `compare`; raises `UserError` for what the user can mend."""
     args, rows, plan = parse_compare(argv)
     _check_outputs(args.output)
-    start = time.perf_counter()
+    before = record.read(args.output) if args.output and args.output.exists() else None
     pack, loaded = EmojiPack(args.pack), compare.load_rows(rows)
-    with tqdm(total=compare.progress_steps(rows, plan), unit="step") as bar:
-        results: dict[str, Any] = {"rows": compare.compare(loaded, pack, plan, progress=_teller(bar))}
-    given = [*(f"--row={row}" for row in args.row), f"--samples={args.samples}", f"--draws={args.draws}"]
-    given += [f"--seeds={args.seeds}", f"--splits={args.splits}"]
-    results |= {
-        "standings": {split: standing.standings(results["rows"], split) for split in plan.splits},
-        "settings": dataclasses.asdict(plan),
-        "command": f"python -m magic141_jax.evaluation compare {shlex.join(given)}",
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    if args.output:
-        report.write(args.output, report.to_json(results))
-    print(standing.section(results))
-    print(f"\n{results['seconds']:.0f} s")
+    settings = {**dataclasses.asdict(plan), "pack": weights.digest(args.pack)}
+    found = record.begin({x.row.label: compare.identity(x) for x in loaded}, settings, _compare_command(args, rows))
+    if before is not None:
+        found = record.resume(before, found, args.output)
+    left = dataclasses.replace(plan, seeds=tuple(s for s in plan.seeds if s not in found["settings"]["seeds"]))
+    start = time.perf_counter()
+    with tqdm(total=compare.progress_steps(rows, left), unit="step") as bar:
+        for seed, values in compare.compare(loaded, pack, left, progress=_teller(bar)):
+            found = record.add(found, seed, values, seconds=time.perf_counter() - start)
+            if args.output:
+                report.write(args.output, report.to_json(found))
+            start = time.perf_counter()
+    print(standing.section(found))
+    print(f"\n{sum(made['seconds'] for made in found['made'].values()):.0f} s")
+    return 0
+
+
+def _compare_command(args: argparse.Namespace, rows: Sequence[compare.Row]) -> str:
+    """The command line that makes the same comparison, without the paths of this machine."""
+    given = []
+    for row in rows:
+        paths = {name: record.shown(getattr(row, name)) for name in ("weights", *compare.PARTS)}
+        given.append(f"--row={compare.write_row(dataclasses.replace(row, **paths))}")
+    given += [f"--samples={args.samples}", f"--draws={args.draws}", f"--seeds={args.seeds}", f"--splits={args.splits}"]
+    return f"python -m magic141_jax.evaluation compare {shlex.join(given)}"
+
+
+def main_page(argv: Sequence[str]) -> int:
+    """Runs `page`; raises `UserError` for what the user can mend."""
+    parser = OneLineParser(
+        prog="python -m magic141_jax.evaluation page",
+        description="Writes the page of experiments, with tables and plots, from the comparisons in a folder.",
+    )
+    parser.add_argument("results", type=Path, metavar="RESULTS", help=f"folder with {page.INDEX} and its JSON files")
+    parser.add_argument("docs", type=Path, metavar="DOCS", help=f"folder to write {page.PAGE} and {page.PLOTS}/ into")
+    args = parser.parse_args(argv)
+    for path in page.write(args.results, args.docs):
+        print(f"wrote {path}")
     return 0
 
 
@@ -195,6 +224,8 @@ def _command(args: argparse.Namespace) -> str:
     given = [f"--{n} {getattr(args, n)}" for n in names if getattr(args, n) not in (None, 0, DEFAULT)]
     return " ".join(["python -m magic141_jax.evaluation", *given])
 
+
+COMMANDS = {"compare": main_compare, "page": main_page}
 
 if __name__ == "__main__":
     run_entry_point(main)

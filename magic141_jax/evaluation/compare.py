@@ -1,7 +1,8 @@
 """Several samplers, of one or several weights folders, on the same captions, first frames and noise.
 
 A row is a sampler: `label=FOLDER:steps=50,guidance=1.5`, with the keys of `KEYS`; what is left out is as the weights
-were made for. For every seed and split, each row makes two kinds of clips of the same scenes (`protocol`):
+were made for. `lora` names an adapter that is added to the folder's transformer, `transformer` a component folder that
+takes its place. For every seed and split, each row makes two kinds of clips of the same scenes (`protocol`):
 
     i2v   from the rendered clip's first frame, which says nothing about the motion
     t2v   from the row's own text-to-image picture of the caption
@@ -18,18 +19,21 @@ and, of the first captions, further draws under other noise. Measures of a kind,
     evaluations        of the network a clip, both passes of guidance counted
 
 DiT seconds are the median over batches without the first; the engine keeps text, VAE and compilation apart. Seeds are
-the outer loop, so that what else the machine does falls on all rows alike.
+the outer loop, so that what else the machine does falls on all rows alike, and what was measured before a cut is
+whole (`record`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from magic141_jax import weights
 from magic141_jax.data.emoji import EmojiPack
 from magic141_jax.errors import UserError, nearest
 from magic141_jax.evaluation import features, metrics, protocol
@@ -41,12 +45,14 @@ from magic141_jax.pipelines.options import PipelineOutput, SamplingOptions, reso
 from magic141_jax.pipelines.text_to_image import Pipeline
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 
-KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
+SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "steps": ("num_inference_steps", int),
     "guidance": ("guidance_scale", float),
     "shift": ("shift", float),
     "sampler": ("sampler", str),
 }
+PARTS = {"lora": ("lora", str), "transformer": ("transformer", str)}
+KEYS = SETTINGS | PARTS
 FORM = "a row is label=FOLDER or label=FOLDER:steps=4,guidance=1"
 REFERENCE = 128  # true clips that the units of the features come from
 REFERENCE_SEED, NOISE_SEED = 1410, 141
@@ -54,11 +60,16 @@ REFERENCE_SEED, NOISE_SEED = 1410, 141
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A sampler to compare: its label, its weights (a folder, "default" or a Hub id) and its sampling options."""
+    """A sampler to compare: its label, its weights (a folder, "default" or a Hub id) and its sampling options.
+
+    `lora` and `transformer` are paths that change the folder's transformer, see `load_components`.
+    """
 
     label: str
     weights: str
     options: dict[str, Any]
+    lora: str = ""
+    transformer: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +84,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A row with its pipeline, which rows of one folder share, and its resolved options."""
+    """A row with its pipeline, which rows of the same files share, and its resolved options."""
 
     row: Row
     pipeline: TextToVideoPipeline
@@ -115,6 +126,14 @@ def read_rows(texts: Sequence[str]) -> tuple[Row, ...]:
     return rows
 
 
+def write_row(row: Row) -> str:
+    """The inverse of `read_rows` for one row."""
+    names = {name: key for key, (name, _) in KEYS.items()}
+    parts = {name: getattr(row, name) for name in PARTS if getattr(row, name)}
+    listed = ",".join(f"{names[name]}={value}" for name, value in {**row.options, **parts}.items())
+    return f"{row.label}={row.weights}" + (f":{listed}" if listed else "")
+
+
 def read_seeds(text: str) -> tuple[int, ...]:
     """ "0,1,2" -> (0, 1, 2); raises `UserError` for what isn't a number, is out of range or comes twice."""
     words = [word.strip() for word in text.split(",")]
@@ -133,14 +152,18 @@ def read_splits(text: str) -> tuple[str, ...]:
 
 
 def load_rows(rows: Sequence[Row]) -> tuple[Loaded, ...]:
-    """Loads every folder once; raises `UserError`, before anything is sampled, for what can't be compared."""
+    """Loads shared files once; raises `UserError`, before anything is sampled, for what can't be compared."""
     folders = [find_folder(row.weights).resolve() for row in rows]
-    pipelines = {folder: TextToVideoPipeline.from_pretrained(folder) for folder in dict.fromkeys(folders)}
+    pipelines: dict[tuple[Any, ...], TextToVideoPipeline] = {}
     loaded = []
     for row, folder in zip(rows, folders, strict=True):
         try:
-            loaded.append(Loaded(row, pipelines[folder], resolve(row.options, pipelines[folder].components)))
-            protocol.frame_side(pipelines[folder])
+            parts = {name: getattr(row, name) or None for name in PARTS}
+            source = (folder, *parts.values())
+            if source not in pipelines:
+                pipelines[source] = TextToVideoPipeline.from_pretrained(folder, **parts)
+            loaded.append(Loaded(row, pipelines[source], resolve(row.options, pipelines[source].components)))
+            protocol.frame_side(pipelines[source])
         except UserError as error:
             raise UserError(f"row {row.label}: {error}") from None
     first, *others = loaded
@@ -153,20 +176,38 @@ def load_rows(rows: Sequence[Row]) -> tuple[Loaded, ...]:
     return tuple(loaded)
 
 
-def compare(
-    loaded: Sequence[Loaded], pack: EmojiPack, plan: Plan, *, progress: Progress = lambda text: None
-) -> dict[str, Any]:
-    """Measures all rows.
+def identity(loaded: Loaded) -> dict[str, Any]:
+    """What a row is, apart from its label and from where its files lie: two rows of one identity make the same clips.
 
     Returns:
-      by label: weights (their digest), settings, and values[split][seed][kind][measure].
+      digests of its files by part, the options that were given, and all resolved settings; ready for JSON.
+    """
+    row = loaded.row
+    parts = {name: Path(getattr(row, name)) for name in PARTS if getattr(row, name)}
+    return {
+        "digests": {
+            "folder": loaded.pipeline.components.digest,
+            **{name: weights.digest(path.expanduser()) for name, path in parts.items()},
+        },
+        "options": dict(row.options),
+        "settings": {name: getattr(loaded.resolved, name) for name, _ in SETTINGS.values()},
+    }
+
+
+def compare(
+    loaded: Sequence[Loaded], pack: EmojiPack, plan: Plan, *, progress: Progress = lambda text: None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Measures all rows, seed by seed.
+
+    Yields:
+      a seed and its values[label][split][kind][measure], when all rows are measured under it.
     """
     num_frames, side, _ = _shape(loaded[0])
     known = protocol.draw_scenes(pack, "train", REFERENCE, seed=REFERENCE_SEED)
     true = protocol.render_clips(pack, known, side=side, num_frames=num_frames)
     judge = Judge(Search(pack, side), features.FeatureSpace.of(true))
-    values: dict[str, dict[str, Any]] = {x.row.label: {split: {} for split in plan.splits} for x in loaded}
     for seed in plan.seeds:
+        values: dict[str, dict[str, Any]] = {x.row.label: {} for x in loaded}
         for split in plan.splits:
             clips = protocol.true_clips(pack, split, plan.samples, side=side, num_frames=num_frames, seed=seed)
             noises = noise_seeds(seed, split, plan.samples, draws=plan.draws)
@@ -174,16 +215,9 @@ def compare(
                 name = row.row.label
                 made = make(row, clips, noises)
                 progress(f"{name}, {split}, seed {seed}: made")
-                values[name][split][str(seed)] = measure(made, clips, judge, resolved=row.resolved, config=_config(row))
+                values[name][split] = measure(made, clips, judge, resolved=row.resolved, config=_config(row))
                 progress(f"{name}, {split}, seed {seed}: measured")
-    return {
-        x.row.label: {
-            "weights": x.pipeline.components.digest,
-            "settings": {name: getattr(x.resolved, name) for name, _ in KEYS.values()},
-            "values": values[x.row.label],
-        }
-        for x in loaded
-    }
+        yield seed, values
 
 
 def progress_steps(rows: Sequence[Row], plan: Plan) -> int:
@@ -277,26 +311,27 @@ def _timed(pipeline: Pipeline, label: str, spent: list[float]) -> Callable[..., 
 
 def _read_row(text: str) -> Row:
     label, _, source = text.partition("=")
-    weights, colon, listed = source.rpartition(":") if ":" in source else (source, "", "")
-    label, weights = label.strip(), weights.strip()
-    if not label or not weights or "|" in label or "\n" in label:
+    folder, colon, listed = source.rpartition(":") if ":" in source else (source, "", "")
+    label, folder = label.strip(), folder.strip()
+    if not label or not folder or "|" in label or "\n" in label:
         raise UserError(f"can't read the row {text!r}; {FORM}")
-    options = {}
+    given: dict[str, Any] = {}
     for item in listed.split(",") if colon else ():
         key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals:
+        if not equals or not value:
             raise UserError(f"row {label}: {item!r} is no key=value; {FORM}")
         if key not in KEYS:
             raise UserError(f"row {label}: unknown key {key!r}.{nearest(key, KEYS)}")
         name, kind = KEYS[key]
-        if name in options:
+        if name in given:
             raise UserError(f"row {label}: {key} is given twice")
         try:
-            options[name] = kind(value)
+            given[name] = kind(value)
         except ValueError:
             what = "a whole number" if kind is int else "a number"
             raise UserError(f"row {label}: {key} is {value!r}; it must be {what}") from None
-    return Row(label, weights, options)
+    parts = {name: given.pop(name) for name in PARTS if name in given}
+    return Row(label, folder, given, **parts)
 
 
 def _once(values: tuple[Any, ...], flag: str) -> tuple[Any, ...]:

@@ -25,17 +25,21 @@ NOTES = (
     "appearance and change statistics, to true clips of the same scenes; 0 is best, and it is comparable at equal "
     "numbers of captions only. Diversity: distance of samples of a caption under several noises, over the first row's "
     "(T2V: of the pictures). DiT seconds: the transformer alone, a clip, compiled, in batches of one size (T2V: "
-    "picture and clip). Evaluations: of the network, a clip, both passes of guidance."
+    "picture and clip). Evaluations: of the network, a clip, both passes of guidance. Bold: the best of a column, if "
+    "its mean ± deviation lies apart from all others."
 )
 ROUNDING = 1e-9
 
 
 class Column(NamedTuple):
-    """A column of the table: its head, its measure, its form, and whether it is relative to the first row."""
+    """A column of the table: its head, its measure, its form, which way is better (1 up, -1 down, 0 neither), and
+    whether it is relative to the first row.
+    """
 
     label: str
     measure: str
     form: str = "{:.2f}"
+    better: int = 1
     relative: bool = False
 
 
@@ -47,11 +51,11 @@ TABLE = (
     Column("colour, last", "last_colour"),
     Column("direction", "motion"),
     Column("PSNR of the first frame (dB)", "first_frame_psnr", "{:.1f}"),
-    Column("amount of motion / the data's", "motion_amount"),
-    Column("diversity / the first row's", "diversity", relative=True),
-    Column("Fréchet distance", "frechet"),
-    Column("evaluations", "evaluations", "{:.0f}"),
-    Column("DiT seconds", "dit_seconds", "{:.3g}"),
+    Column("amount of motion / the data's", "motion_amount", better=0),
+    Column("diversity / the first row's", "diversity", better=0, relative=True),
+    Column("Fréchet distance", "frechet", better=-1),
+    Column("evaluations", "evaluations", "{:.0f}", better=0),
+    Column("DiT seconds", "dit_seconds", "{:.3g}", better=0),
 )
 
 
@@ -96,33 +100,61 @@ def section(results: Mapping[str, Any]) -> str:
 
     `results` has `rows` (`compare.compare`), `settings` and `command`.
     """
-    rows, how = results["rows"], results["settings"]
-    seeds = ", ".join(map(str, how["seeds"]))
-    many = "; mean ± deviation over seeds" if len(how["seeds"]) > 1 else ""
-    lines = [f"{how['samples']} captions a seed, {how['draws']} noises for diversity, seeds {seeds}{many}."]
-    for split in how["splits"]:
-        for kind, name in KINDS.items():
-            if kind in _by_seed(rows, split)[0][0]:
-                lines += ["", f"{name}, {COLUMNS[split]}:", "", table(rows, split, kind)]
-        lines += ["", *(f"- {line}" for line in standing_lines(rows, split))]
+    rows, lines = results["rows"], [facts(results["settings"])]
+    for split in results["settings"]["splits"]:
+        lines += ["", *tables(rows, split), "", *(f"- {line}" for line in standing_lines(rows, split))]
     return "\n".join([*lines, "", GOAL, "", NOTES])
+
+
+def facts(settings: Mapping[str, Any]) -> str:
+    """How many captions, noises and seeds the values come from."""
+    seeds = ", ".join(map(str, settings["seeds"]))
+    many = "; mean ± deviation over seeds" if len(settings["seeds"]) > 1 else ""
+    return f"{settings['samples']} captions a seed, {settings['draws']} noises for diversity, seeds {seeds}{many}."
+
+
+def tables(rows: Mapping[str, Any], split: str) -> list[str]:
+    """The lines of the tables of a split, one for each of its kinds, under their names."""
+    lines: list[str] = []
+    for kind, name in KINDS.items():
+        if kind in _by_seed(rows, split)[0][0]:
+            lines += [*([""] if lines else []), f"{name}, {COLUMNS[split]}:", "", table(rows, split, kind)]
+    return lines
 
 
 def table(rows: Mapping[str, Any], split: str, kind: str) -> str:
     """The markdown table of one split and kind, one row a line."""
     values = [[seed[kind] for seed in row] for row in _by_seed(rows, split)]
-    shown = [c for c in TABLE if c.measure in values[0][0]]
-    lines = []
-    for (label, row), of in zip(rows.items(), values, strict=True):
-        how = row["settings"]
-        cells = []
-        for column in shown:
-            numbers = [v[column.measure] for v in of]
-            if column.relative:
-                numbers = [_ratio(n, v[column.measure]) for n, v in zip(numbers, values[0], strict=True)]
-            cells.append(spread(numbers, column.form))
-        lines.append([label, str(how["num_inference_steps"]), f"{how['guidance_scale']:g}", *cells])
-    return markdown(["", "steps", "guidance", *(c.label for c in shown)], lines)
+    columns = []
+    for column in (c for c in TABLE if c.measure in values[0][0]):
+        numbers = [[v[column.measure] for v in of] for of in values]
+        if column.relative:
+            numbers = [[_ratio(n, first) for n, first in zip(of, numbers[0], strict=True)] for of in numbers]
+        cells = [spread(of, column.form) for of in numbers]
+        best = beyond_spread(numbers, column.better)
+        columns.append((column.label, [f"**{cell}**" if i == best else cell for i, cell in enumerate(cells)]))
+    settings = [row["settings"] for row in rows.values()]
+    columns[:0] = [
+        ("", list(rows)),
+        ("steps", [str(how["num_inference_steps"]) for how in settings]),
+        ("guidance", [f"{how['guidance_scale']:g}" for how in settings]),
+    ]
+    head, cells = zip(*columns, strict=True)
+    return markdown(head, list(zip(*cells, strict=True)))
+
+
+def beyond_spread(numbers: Sequence[Sequence[float]], better: int) -> int | None:
+    """Which of some rows' values by seed is best by more than the deviations, mean ± deviation apart from all others.
+
+    `better` is 1 where more is better, -1 where less is. None where none stands out, or one seed tells no deviation.
+    """
+    values = better * np.asarray(numbers, np.float64)
+    if not better or values.shape[1] < 2 or len(values) < 2 or not np.isfinite(values).all():
+        return None
+    mean, deviation = values.mean(1), values.std(1, ddof=1)
+    best = int(mean.argmax())
+    others = np.delete(mean + deviation, best)
+    return best if mean[best] - deviation[best] > others.max() + ROUNDING else None
 
 
 def standings(rows: Mapping[str, Any], split: str) -> dict[str, dict[str, Any]]:

@@ -43,6 +43,7 @@ DEFAULT = "default"
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "weights" / "emoji64"
 TEXT_ENCODERS = {"bert": MiniLMTextEncoder.from_folder}
 CACHE_VARIABLE = "MAGIC141_JAX_CACHE"
+SEAM = ("out_channels", "text_width", "pooled_width")  # config fields that the other components have to agree with
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 Dtype = Literal["float32", "bfloat16"]
@@ -102,7 +103,7 @@ class Components:
 
     @functools.cached_property
     def digest(self) -> str:
-        """The digest of all weights, 16 hex digits; read from disk on first use."""
+        """The digest of all weights of the folder, 16 hex digits; read from disk on first use."""
         return weights.digest(self.folder)
 
     @functools.cached_property
@@ -122,6 +123,7 @@ def load_components(
     revision: str | None = None,
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
+    transformer: str | Path | None = None,
 ) -> Components:
     """Reads a weights folder.
 
@@ -132,26 +134,30 @@ def load_components(
       mesh: devices over which the parameters are laid (see `magic141_jax.sharding`).
       revision: branch, tag or commit on the Hub.
       lora: a safetensors file in PEFT's naming whose adapters are added to the transformer, `lora_scale` times.
+      transformer: a component folder that is read in place of the folder's own transformer.
 
     Raises:
       UserError: no such folder or repository; a file missing, damaged or truncated; weights that do not fit their
         config, with the first few mismatches.
     """
     folder = find_folder(path_or_hub_id, revision)
+    own = weights.part(folder, "transformer")
+    if transformer is not None:
+        own = _replacement(Path(transformer).expanduser(), own)
     index = weights.read_json(folder / "model_index.json")
     dtype = dtype or default_dtype()
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}; float32 and bfloat16 are known")
     if published.is_published(index):
-        made = _published_components(folder, index, dtype=dtype, mesh=mesh)
+        made = _published_components(folder, index, own, dtype=dtype, mesh=mesh)
         return made if lora is None else _with_lora(made, Path(lora), lora_scale)
     if index.get("format") != 1:
         raise UserError(f"{folder / 'model_index.json'} has format {index.get('format')!r}; this version reads 1")
     sampling = settings.build(SamplingSettings, index.get("sampling", {}), where="model_index.sampling")
     part = functools.partial(weights.part, folder)
     models = {
-        name: load_model(part(name), overrides={"compute_dtype": dtype} if name == "transformer" else {}, mesh=mesh)
-        for name in ("transformer", "vae", "image_encoder")
+        "transformer": load_model(own, overrides={"compute_dtype": dtype}, mesh=mesh),
+        **{name: load_model(part(name), mesh=mesh) for name in ("vae", "image_encoder")},
     }
     kind = weights.read_json(part("text_encoder") / "config.json").get("model")
     text_encoder = _pick(TEXT_ENCODERS, kind, part("text_encoder"))(part("text_encoder"))
@@ -162,6 +168,15 @@ def load_components(
 def default_dtype() -> Dtype:
     """The dtype of the large networks unless one is given: float32 on a CPU, bfloat16 elsewhere."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _replacement(given: Path, own: Path) -> Path:
+    """The transformer that takes the place of a folder's own, if it reads and writes the same channels."""
+    theirs, ours = (weights.read_json(path / "config.json") for path in (given, own))
+    wrong = [f"{k} {theirs[k]} in place of {ours[k]}" for k in SEAM if k in theirs and theirs[k] != ours.get(k)]
+    if wrong:
+        raise UserError(f"the transformer {given} does not fit {own.parent}: it has {', '.join(wrong)}")
+    return given
 
 
 def _with_lora(components: Components, file: Path, scale: float) -> Components:
@@ -175,12 +190,12 @@ def _with_lora(components: Components, file: Path, scale: float) -> Components:
 
 
 def _published_components(
-    folder: Path, index: Mapping[str, Any], *, dtype: Dtype, mesh: jax.sharding.Mesh | None
+    folder: Path, index: Mapping[str, Any], own: Path, *, dtype: Dtype, mesh: jax.sharding.Mesh | None
 ) -> Components:
-    """The parts of a pipeline folder in diffusers' layout; all but the VAE compute in `dtype`."""
+    """The parts of a pipeline folder in diffusers' layout, its transformer from `own`; all but the VAE are `dtype`."""
     load = functools.partial(load_model, overrides={"compute_dtype": dtype}, mesh=mesh)
     run_time = {"compute_dtype": dtype, "attention": "chunked"}  # a video's scores are too many to have at once
-    transformer = load_model(folder / "transformer", overrides=run_time, mesh=mesh)
+    transformer = load_model(own, overrides=run_time, mesh=mesh)
     text_encoder, sampling = published.read(folder, index, transformer.network.config, load)
     return Components(
         folder=folder,

@@ -118,6 +118,25 @@ class Checkpoints:
         self._manager.close()
 
 
+def read_step(folder: Path, state: TrainState, step: int) -> TrainState:
+    """The state after `step` steps of a run whose checkpoints lie in `folder`; `state` as in `Checkpoints.restore`.
+
+    Raises:
+      UserError: there is no such checkpoint; those that are kept are named.
+    """
+    kept: list[int] = []
+    if Path(folder).is_dir():
+        checkpoints = Checkpoints(folder)
+        try:
+            kept = checkpoints.steps
+            if step in kept:
+                return checkpoints.restore(state, None, step=step)[0]
+        finally:
+            checkpoints.close()
+    there = f"there are {', '.join(map(str, kept))}" if kept else "there is none"
+    raise UserError(f"no checkpoint of step {step} in {folder}: {there}; train.keep says how many a run keeps")
+
+
 class _Position:
     """A data iterator's position as the bytes that Grain's checkpoint handler writes, one file a process."""
 

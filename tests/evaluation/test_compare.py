@@ -11,22 +11,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magic141_jax import settings, weights
+from magic141_jax.convert import hunyuan_dit, lora
 from magic141_jax.diffusion import guidance, samplers, timesteps
 from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.errors import UserError
 from magic141_jax.evaluation import compare, metrics, protocol
 from magic141_jax.evaluation.compare import Loaded, Made, Plan, Row
 from magic141_jax.evaluation.features import FeatureSpace
+from magic141_jax.pipelines.components import load_model
 from magic141_jax.pipelines.options import PipelineOutput, SamplingOptions, resolve
+from magic141_jax.pytree import flatten, unflatten
 
 
 def test_rows():
     texts = ["teacher = some/dir : steps=50, guidance=1.5", "a b=default", "c=x:shift=3,sampler=renoise"]
-    assert compare.read_rows(texts) == (
+    texts.append("i2v@100=x:transformer=runs/t,steps=4,lora=a.safetensors")
+    rows = compare.read_rows(texts)
+    assert rows == (
         Row("teacher", "some/dir", {"num_inference_steps": 50, "guidance_scale": 1.5}),
         Row("a b", "default", {}),
         Row("c", "x", {"shift": 3.0, "sampler": "renoise"}),
+        Row("i2v@100", "x", {"num_inference_steps": 4}, lora="a.safetensors", transformer="runs/t"),
     )
+    assert compare.read_rows([compare.write_row(row) for row in rows]) == rows
 
 
 @pytest.mark.parametrize(
@@ -45,6 +53,7 @@ def test_rows():
         (["a=x:steps=4.5", "b=x"], "row a: steps is '4.5'; it must be a whole number"),
         (["a=x:guidance=no", "b=x"], "row a: guidance is 'no'; it must be a number"),
         (["a=x:steps=4,steps=5", "b=x"], "row a: steps is given twice"),
+        (["a=x:lora=", "b=x"], "row a: 'lora=' is no key=value"),
     ],
 )
 def test_bad_rows(texts, message):
@@ -174,16 +183,46 @@ def test_rows_of_one_folder_share_a_pipeline(weights_folder, monkeypatch):
     assert (first.resolved.guidance_scale, second.resolved.guidance_scale) == (2, 1)
 
 
+def test_adapters_and_other_transformers_are_part_of_a_row(weights_folder, tmp_path):
+    """An adapter of one kernel and a transformer in which that kernel is changed as much are the same network."""
+    network, params = load_model(weights_folder / "transformer")
+    kernel = flatten(params)["patch_out.kernel"]
+    a, b = np.ones((kernel.shape[0], 1), np.float32), np.linspace(0, 0.1, kernel.shape[1], dtype=np.float32)[None]
+    adapter = unflatten({"patch_out.a": a, "patch_out.b": b, "patch_out.scale": np.ones(1, np.float32)})
+    lora.save(tmp_path / "a.safetensors", adapter, hunyuan_dit.table(network.config), network.abstract_params)
+    changed = unflatten({**flatten(params), "patch_out.kernel": kernel + a @ b})
+    weights.save(tmp_path / "t", {"model": "mmdit", **settings.to_dict(network.config)}, changed)
+    rows = (
+        Row("plain", str(weights_folder), {"guidance_scale": 2.0}),
+        Row("adapter", str(weights_folder), {}, lora=str(tmp_path / "a.safetensors")),
+        Row("other", str(weights_folder), {}, transformer=str(tmp_path / "t")),
+        Row("same", str(weights_folder), {"num_inference_steps": 1}, transformer=str(tmp_path / "t")),
+    )
+    plain, adapted, other, same = compare.load_rows(rows)
+    assert other.pipeline is same.pipeline and plain.pipeline is not other.pipeline
+    kernels = [flatten(x.pipeline.components.transformer.params)["patch_out.kernel"] for x in (adapted, other)]
+    np.testing.assert_allclose(kernels[0], kernels[1], atol=1e-6)
+    assert np.abs(kernels[0] - kernel).max() > 0.01
+
+    found = [compare.identity(x) for x in (plain, adapted, other, same)]
+    assert [set(f["digests"]) for f in found] == [{"folder"}, {"folder", "lora"}, *[{"folder", "transformer"}] * 2]
+    assert found[2]["digests"] == found[3]["digests"] and len({str(f["digests"]) for f in found}) == 3
+    assert found[0]["options"] == {"guidance_scale": 2.0} and found[0]["settings"]["num_inference_steps"] == 2
+    assert str(tmp_path) not in json.dumps(found)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         (Row("b", "missing/weights/here", {}), "no weights folder missing/weights/here"),
+        (Row("b", "", {}, lora="missing.safetensors"), "row b: can't read missing.safetensors"),
+        (Row("b", "", {}, transformer="missing/transformer"), "row b: no file missing/transformer/config.json"),
         (Row("b", "", {"num_inference_steps": 0}), "row b: num_inference_steps is 0"),
         (Row("b", "", {"sampler": "oiler"}), "row b: options.sampler is 'oiler'. Did you mean 'euler'"),
     ],
 )
 def test_rows_that_can_not_be_loaded(row, message, weights_folder):
-    rows = (Row("a", str(weights_folder), {}), Row("b", row.weights or str(weights_folder), row.options))
+    rows = (Row("a", str(weights_folder), {}), dataclasses.replace(row, weights=row.weights or str(weights_folder)))
     with pytest.raises(UserError, match=message):
         compare.load_rows(rows)
 

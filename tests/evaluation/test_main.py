@@ -1,12 +1,14 @@
 """The command, from its flags to its files, with tiny random weights."""
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 
 from magic141_jax.errors import UserError
-from magic141_jax.evaluation import report, standing
-from magic141_jax.evaluation.__main__ import main
+from magic141_jax.evaluation import compare, page, plots, record, report, standing
+from magic141_jax.evaluation.__main__ import main, parse_compare
 
 
 @pytest.mark.heavy
@@ -26,12 +28,32 @@ def test_table_card_sheet_and_json(weights_folder, tmp_path, capsys):
 
 
 @pytest.mark.heavy
-def test_compare(weights_folder, tmp_path, capsys):
+def test_compare_goes_on_after_a_cut(weights_folder, tmp_path, capsys, monkeypatch):
     output = tmp_path / "comparison.json"
     rows = [f"teacher={weights_folder}:steps=2,guidance=1.5", f"student={weights_folder}:steps=1"]
     flags = ["--row", rows[0], "--row", rows[1], "--samples", 2, "--draws", 2, "--seeds", "0,1", "--splits", "train"]
-    assert main(["compare", *map(str, flags), "--output", str(output)]) == 0
+    flags = ["compare", *map(str, flags), "--output", str(output)]
+
+    calls, measure = [], compare.measure
+
+    def cut_once(*args, **options):
+        calls.append(args)
+        if len(calls) == 4:  # the last of two rows under two seeds
+            raise KeyboardInterrupt
+        return measure(*args, **options)
+
+    monkeypatch.setattr(compare, "measure", cut_once)
+    with pytest.raises(KeyboardInterrupt):
+        main(flags)
+    half = json.loads(output.read_text())
+    assert half["settings"]["seeds"] == [0]
+    assert main(flags) == 0
+    assert len(calls) == 6, "the second run measures the second seed only"
     results = json.loads(output.read_text())
+    assert results["settings"]["seeds"] == [0, 1] and list(results["made"]) == ["0", "1"]
+    for label, row in half["rows"].items():
+        assert results["rows"][label]["values"]["train"]["0"] == row["values"]["train"]["0"], "times included"
+    assert str(tmp_path) not in output.read_text()
     assert list(results["rows"]) == ["teacher", "student"]
     teacher, student = (row["values"]["train"] for row in results["rows"].values())
     assert list(teacher) == list(student) == ["0", "1"]
@@ -43,6 +65,36 @@ def test_compare(weights_folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert standing.section(results) in printed
     assert "- student against teacher: " in printed
+
+
+def test_page(tmp_path, capsys):
+    results = tmp_path / "docs" / "results"
+    results.mkdir(parents=True)
+    experiment = '[[experiment]]\nfile = "a.json"\ntitle = "A"\ntext = "Why."\ncommands = ["make a"]\n'
+    (results / "index.toml").write_text(f'title = "Page"\ntext = "All."\n{experiment}')
+    with pytest.raises(UserError, match=r"no results in .* yet; the commands in index.toml make them"):
+        main(["page", str(results), str(tmp_path / "docs")])
+    row = {"settings": {"num_inference_steps": 4, "guidance_scale": 1.0}}
+    settings = {"splits": ["train"], "samples": 2, "draws": 2}
+    measured = {"train": {"i2v": {"frechet": 0.5}}}
+    made = record.add(record.begin({"a": row, "b": row}, settings, ""), 0, {"a": measured, "b": measured}, seconds=1)
+    report.write(results / "a.json", report.to_json(made))
+    assert main(["page", str(results), str(tmp_path / "docs")]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'docs' / 'experiments.md'}\n"
+    assert "| a | 4 | 1 | 0.50 |" in (tmp_path / "docs" / "experiments.md").read_text()
+    with pytest.raises(UserError, match="required: DOCS"):
+        main(["page", str(results)])
+
+
+def test_the_commands_of_the_repositorys_page_are_read():
+    results = Path(__file__).parents[2] / "docs" / "results" / "distillation"
+    for experiment in page.read_index(results).experiment:
+        words = shlex.split(experiment.commands[-1].replace("\\\n", " "))
+        assert words[:4] == ["python", "-m", "magic141_jax.evaluation", "compare"]
+        args, rows, plan = parse_compare(words[4:])
+        assert args.output.name == experiment.file and len(plan.seeds) >= 3
+        steps = [plots.split_label(row.label)[1] for row in rows]
+        assert any(steps) == bool(experiment.plot), "a curve has points"
 
 
 @pytest.mark.parametrize(

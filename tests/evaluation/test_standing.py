@@ -84,6 +84,18 @@ def test_several_seeds_have_a_deviation():
     assert standing.spread([16, 16], "{:.0f}") == "16"
 
 
+def test_bold_is_what_stands_apart_from_all_others():
+    apart, touching = [[0.1, 0.2], [0.8, 0.9], [0.3, 0.4]], [[0.1, 0.9], [0.8, 0.9], [0.3, 0.4]]
+    assert (standing.beyond_spread(apart, 1), standing.beyond_spread(apart, -1)) == (1, 0)
+    assert standing.beyond_spread(touching, 1) is None
+    assert standing.beyond_spread(apart, 0) is None
+    for alone in ([[0.1], [0.8]], [[0.1, 0.2]], [[0.1, math.nan], [0.8, 0.9]], [[1.0, 1.0], [1.0, 1.0]]):
+        assert standing.beyond_spread(alone, 1) is None
+    students = [[changed(frechet=lambda v: v / 2), changed(frechet=lambda v: v / 2)], [TEACHER, TEACHER]]
+    text = standing.table(rows(*students), "train", "t2v")
+    assert cells(text, "s0").count("**0.25 ± 0.00**") == 1 and text.count("**") == 2
+
+
 def test_equal_values_ten_times_as_fast_meet_the_goal():
     (line,) = standing.standing_lines(rows(changed(**FASTER)), "train")
     assert line.startswith("s0 against teacher: identity in the first frame T2V +0.0 points; identity in the last T2V")

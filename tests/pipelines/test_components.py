@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magic141_jax import weights
 from magic141_jax.convert import hub, memory
 from magic141_jax.errors import UserError
 from magic141_jax.pipelines import components
@@ -124,6 +125,19 @@ def test_memory_is_checked_before_weights_are_read(weights_folder, monkeypatch):
         UserError, match=r"transformer need .* in float32 on each of 1 devices, which have 1\.0 kB free"
     ):
         load_components(weights_folder)
+
+
+def test_another_transformer_takes_the_place_of_the_folders_own(weights_folder, tmp_path):
+    config, params = weights.load(weights_folder / "transformer")
+    changed = jax.tree.map(lambda x: np.asarray(x, np.float32) + 1, params)
+    weights.save(tmp_path / "other", config, changed)
+    made = load_components(weights_folder, transformer=tmp_path / "other", dtype="bfloat16")
+    assert made.transformer.network.config.compute_dtype == "bfloat16"
+    for want, got in zip(jax.tree.leaves(changed), jax.tree.leaves(made.transformer.params), strict=True):
+        np.testing.assert_array_equal(want.astype(got.dtype), got)
+    weights.save(tmp_path / "wide", {**config, "out_channels": 5, "text_width": 13}, params)
+    with pytest.raises(UserError, match=r"does not fit .*out_channels 5 in place of 4, text_width 13 in place of 12"):
+        load_components(weights_folder, transformer=tmp_path / "wide")
 
 
 def test_published_components_are_told_by_their_config(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from magic141_jax import sharding
 from magic141_jax.errors import UserError
 from magic141_jax.sharding import MeshConfig
 from magic141_jax.train import optim
-from magic141_jax.train.checkpoint import Checkpoints
+from magic141_jax.train.checkpoint import Checkpoints, read_step
 from magic141_jax.train.state import TrainState
 
 
@@ -72,6 +72,20 @@ def test_what_is_saved_is_as_it_was_when_asked_for(tmp_path, monkeypatch):
     progress["window"]["loss"][0] = 1.0  # the run goes on while Orbax writes
     assert written == [{"window": {"loss": [0.0, 0]}}]
     checkpoints.close()
+
+
+def test_one_step_of_many_is_read(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=9)
+    states = {step: dataclasses.replace(make_state(), step=jnp.int32(step)) for step in (1, 2, 3, 4)}
+    for step, state in states.items():
+        checkpoints.save(step, state, BytesPosition(), {})
+    checkpoints.close()
+    assert read_step(tmp_path, make_state(), 2).step == 2
+    with pytest.raises(UserError, match=r"no checkpoint of step 7 in .*: there are 1, 2, 3, 4; train.keep"):
+        read_step(tmp_path, make_state(), 7)
+    with pytest.raises(UserError, match="there is none"):
+        read_step(tmp_path / "nowhere", make_state(), 7)
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_going_back_to_an_earlier_one(tmp_path):

@@ -1,0 +1,139 @@
+"""Curves over the rows of a comparison as an SVG file: quality against training steps, or against network evaluations.
+
+Rows named NAME@STEP are the points of one line NAME:
+
+    axis "steps"         x is STEP; a row without one is a level that the lines are held against
+    axis "evaluations"   x is measured: evaluations of the network a clip (`compare.evaluations`)
+
+A point is the mean over seeds, and the band around a line one sample deviation to both sides. The same values make the
+same file, byte by byte.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from magic141_jax.errors import UserError
+from magic141_jax.evaluation.standing import KINDS, TABLE
+
+Axis = Literal["steps", "evaluations"]
+
+AXES = {"steps": "training steps", "evaluations": "evaluations of the network a clip"}
+MEASURES = ("last_identity", "motion", "frechet")
+PANEL_INCHES = (3.6, 2.7)
+STYLE = {"svg.hashsalt": "magic141_jax", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+MARKERS = "os^Dv<>P"
+_STEP = re.compile(r"(.+)@(\d+)")
+
+
+class Line(NamedTuple):
+    """Points of one name in order of x: (n,) and their values (n, seeds); a level has x = None and n = 1."""
+
+    name: str
+    x: np.ndarray | None
+    values: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(n,) over seeds."""
+        return self.values.mean(1)
+
+    @property
+    def deviation(self) -> np.ndarray:
+        """(n,) over seeds; zero for one seed."""
+        return self.values.std(1, ddof=1) if self.values.shape[1] > 1 else np.zeros(len(self.values))
+
+
+def split_label(label: str) -> tuple[str, int | None]:
+    """ "i2v@100" -> ("i2v", 100); a label without a step has None."""
+    match = _STEP.fullmatch(label)
+    return (match[1].strip(), int(match[2])) if match else (label, None)
+
+
+def lines(rows: Mapping[str, Any], split: str, kind: str, *, measure: str, axis: Axis) -> list[Line]:
+    """The lines of one panel, in order of their first rows."""
+    points: dict[str, list[tuple[int | None, list[float]]]] = {}
+    for label, row in rows.items():
+        name, step = split_label(label)
+        values = [seed[kind] for seed in row["values"][split].values()]
+        x = step if axis == "steps" else values[0]["evaluations"]
+        points.setdefault(name, []).append((x, [v[measure] for v in values]))
+    found = []
+    for name, of in points.items():
+        levels = [values for x, values in of if x is None]
+        found += [Line(name, None, np.asarray([values], np.float64)) for values in levels]
+        of = sorted(((x, values) for x, values in of if x is not None), key=lambda point: point[0])
+        if of:
+            x, values = zip(*of, strict=True)
+            found.append(Line(name, np.asarray(x), np.asarray(values, np.float64)))
+    return found
+
+
+def draw(rows: Mapping[str, Any], split: str, *, axis: Axis, measures: Sequence[str] = MEASURES) -> str:
+    """The SVG of one split: a row of panels for each kind of clip, a column for each measure.
+
+    Args:
+      rows: of a comparison (`record`).
+      split: one of its splits.
+      axis: what x is.
+      measures: of `standing.TABLE`; one that a kind lacks leaves its panel empty.
+
+    Raises:
+      UserError: matplotlib isn't installed, nothing of `measures` was measured, or no row has a step although x is one.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plots need matplotlib: pip install -r requirements-dev.txt") from None
+    if axis == "steps" and all(split_label(label)[1] is None for label in rows):
+        raise UserError(f"no row is named NAME@STEP, so there is no curve to draw; the rows are {', '.join(rows)}")
+    first = next(iter(next(iter(rows.values()))["values"][split].values()))
+    kinds = [kind for kind in KINDS if set(measures) & set(first.get(kind, ()))]
+    if not kinds:
+        raise UserError(f"the comparison has none of the measures to plot: {', '.join(measures)}")
+    size = (PANEL_INCHES[0] * len(measures), PANEL_INCHES[1] * len(kinds) + 0.4)
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(len(kinds), len(measures), squeeze=False)
+        for kind, of in zip(kinds, panels, strict=True):
+            for measure, panel in zip(measures, of, strict=True):
+                if measure in first[kind]:
+                    _fill(panel, lines(rows, split, kind, measure=measure, axis=axis), axis)
+                    panel.set_title(f"{KINDS[kind]}: {_label(measure)}", fontsize=9)
+                else:
+                    panel.set_axis_off()
+        told = [zip(*reversed(panel.get_legend_handles_labels()), strict=True) for panel in panels.flat]
+        names = {name: handle for pairs in told for name, handle in pairs}
+        figure.legend(names.values(), names, loc="outside upper center", ncols=6, frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def _fill(panel: Any, found: Sequence[Line], axis: Axis) -> None:
+    """Draws the lines of one panel, each with its band; levels are dashed over the whole width."""
+    for i, line in enumerate(found):
+        low, high = line.mean - line.deviation, line.mean + line.deviation
+        colour, marker = f"C{i % 10}", MARKERS[i % len(MARKERS)]
+        if line.x is None:
+            panel.axhline(line.mean[0], color=colour, linestyle="--", label=line.name)
+            panel.axhspan(low[0], high[0], color=colour, alpha=0.15, linewidth=0)
+        else:
+            panel.plot(line.x, line.mean, color=colour, marker=marker, markersize=4, label=line.name)
+            panel.fill_between(line.x, low, high, color=colour, alpha=0.15, linewidth=0)
+    if axis == "evaluations":
+        ticks = sorted({int(x) for line in found if line.x is not None for x in line.x})
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ticks, [str(x) for x in ticks])
+        panel.minorticks_off()
+    panel.set_xlabel(AXES[axis])
+
+
+def _label(measure: str) -> str:
+    return next(column.label for column in TABLE if column.measure == measure)
