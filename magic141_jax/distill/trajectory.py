@@ -6,8 +6,8 @@ The walk's grid t_0 > ... > t_n cuts the teacher's path into n pieces, each of m
     x_t = (1 - t_i) x0 + t_i eps             y = teacher's m steps from x_t to t_{i+1}
     loss = mean over unknown latents of (v_student(x_t, t_i, c) - (y - x_t) / (t_{i+1} - t_i))^2
 
-Where the teacher's path bends little between two times, the student's Euler walk ends where the teacher's does, noise by
-noise: motion and diversity stay. It can't be sharper than the teacher; that is left to distribution matching.
+Where the teacher's path bends little between two times, the student's Euler walk ends where the teacher's does, noise
+by noise: motion and diversity stay. It can't be sharper than the teacher; that is left to distribution matching.
 """
 
 from __future__ import annotations
