@@ -68,5 +68,5 @@ def test_guidance_is_folded_in(toys):
 
 @pytest.mark.parametrize("values", [{"walk": WalkConfig(sampler="renoise")}, {"substeps": 0}])
 def test_what_makes_no_trajectory_is_refused(values):
-    with pytest.raises(ValueError, match="euler|substeps"):
+    with pytest.raises(ValueError, match=r"euler|substeps"):
         TrajectoryConfig(**values)
