@@ -31,7 +31,7 @@ from magic141_jax.distill.guidance import GuidanceDistillation
 from magic141_jax.distill.regression import Regression
 from magic141_jax.distill.trajectory import Trajectory
 from magic141_jax.errors import UserError, nearest
-from magic141_jax.models import MODELS, SHARDING_RULES, lora, mmdit, patch_vae
+from magic141_jax.models import MODELS, SHARDING_RULES, lora, patch_vae, whitening
 from magic141_jax.models.network import Network
 from magic141_jax.pipelines.components import SamplingSettings, load_model
 from magic141_jax.pytree import Params, flatten, require_match
@@ -45,7 +45,7 @@ from magic141_jax.train.metrics import MetricWriter
 from magic141_jax.train.state import TrainState
 from magic141_jax.train.step import make_step
 
-NETWORKS = ("mmdit", "image_encoder", "patch_vae")
+NETWORKS = ("mmdit", "image_encoder", "patch_vae", "feature_heads")
 RULES = (*lora.SHARDING_RULES, *(rule for name in NETWORKS for rule in SHARDING_RULES[name]))
 MAY_CHANGE = ("train.", "mesh.", "data.threads", "sampling.", "components_from")
 STATISTICS_BATCHES = 16
@@ -203,7 +203,7 @@ def _fit_vae(params: dict[str, Params], record: Mapping[str, jax.Array]) -> dict
 
 def _fit_transformer(params: dict[str, Params], record: Mapping[str, jax.Array]) -> dict[str, Params]:
     student = params[STUDENT]
-    fitted = mmdit.fit_text(student["transformer"], record["text"], record["text_mask"], record["pooled"])
+    fitted = whitening.fit_text(student["transformer"], record["text"], record["text_mask"], record["pooled"])
     return params | {STUDENT: student | {"transformer": fitted}}
 
 

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magic141_jax import weights
+from magic141_jax import sharding, weights
 from magic141_jax.data import cache
 from magic141_jax.errors import UserError
-from magic141_jax.experiment import Experiment, make_config
+from magic141_jax.experiment import RULES, Experiment, make_config
+from magic141_jax.models.discriminator import SHARDING_RULES as HEAD_RULES
+from magic141_jax.models.discriminator import FeatureHeads, FeatureHeadsConfig
+from magic141_jax.models.network import Network
 from magic141_jax.train import metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -124,6 +127,14 @@ def test_eight_devices_give_the_losses_of_one(clips, tmp_path):
         losses.append([line["loss/vae"] for line in metrics.read(tmp_path / name)])
     assert len(losses[0]) == 4
     np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_a_discriminators_heads_are_laid_out_by_their_own_rules():
+    state = {"params": {"discriminator": Network.create(FeatureHeads, FeatureHeadsConfig()).abstract_params}}
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    own, whole = (sharding.placements(state, mesh, rules) for rules in (HEAD_RULES, RULES))
+    assert [place.spec for place in whole] == [place.spec for place in own]
+    assert any("tensor" in place.spec for place in whole)
 
 
 def test_weights_go_out_with_statistics_and_in_again(clips, tmp_path):

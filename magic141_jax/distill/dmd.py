@@ -1,21 +1,31 @@
-"""Distribution matching distillation for flow matching (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867).
+"""Distribution matching distillation for flow matching (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867), and LADD.
 
 The student's sample x (`rollout`) is noised to x_s = (1 - s) x + s eps, where two networks say what its data was: the
 teacher the real score, with guidance w folded in, and the fake score, which follows the student:
 
     x0_real = x0_c + (w - 1) (x0_c - x0_u)        g = (x0_fake - x0_real) / mean |x - x0_real|
-    L_student = 1/2 mean (x - stop(x - g))^2      L_fake = mean (v_fake(x_s, s, c) - (eps - stop x))^2
+    L_student = m / 2 mean (x - stop(x - g))^2 + a L_G(x)
+    L_fake    = mean (v_fake(x_s, s, c) - (eps - stop x))^2
 
 Means are over unknown latents, for each sample by itself, in float32; s is drawn with a shift and kept off the ends.
 g has two parts, logged apart (Decoupled DMD, arXiv 2511.22677): matching, x0_fake - x0_c, and guidance,
 (1 - w) (x0_c - x0_u), which may look at noise levels of its own. Data forcing (arXiv 2606.18478), for a later phase:
 for a share of the samples the real score looks at the noised true clip instead. The student is updated at every
 `ratio`-th step.
+
+L_G comes from a discriminator of x against true latents (`adversarial`). Without matching it is all that the student
+has: latent adversarial distillation, the LADD kind (arXiv 2403.12015), here along the student's own walk and against
+true data. With the weights m = config.matching and a = config.adversarial.weight these roles are trained:
+
+    m > 0, a = 0    DMD                    student, fake
+    m > 0, a > 0    DMD2                   student, fake, discriminator
+    m = 0, a > 0    adversarial alone      student, discriminator (and fake, where its features are judged)
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +38,7 @@ from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.diffusion.guidance import branches
 from magic141_jax.diffusion.timesteps import TimeDensity
 from magic141_jax.distill import rollout
+from magic141_jax.distill.adversarial import DISCRIMINATOR, AdversarialConfig, Critic
 from magic141_jax.distill.roles import FAKE, STUDENT, TEACHER, Distillation, DistillationConfig
 from magic141_jax.distill.rollout import WalkConfig
 from magic141_jax.pytree import Params
@@ -40,19 +51,23 @@ NORMALISER_FLOOR = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class DMDConfig(DistillationConfig):
-    """The student's walk, the scores and their weights.
+    """The student's walk, the terms of its loss, and the scores.
 
     Attributes:
       walk: the student's few steps.
+      matching: weight of the matching loss; 0 leaves it out.
+      adversarial: the adversarial term and its weight; 0 leaves it out.
       guidance: w of the real score; 1 is none.
       score_time: density of s, of both scores and of the fake score's training.
       score_range: s is kept within.
       own_guidance_time: whether the guidance part of g is taken at another draw of s.
-      ratio: updates of the fake score to one of the student.
+      ratio: updates of the fake score and of the discriminator to one of the student.
       data_forcing: share of the samples whose real score looks at the noised true clip.
     """
 
     walk: WalkConfig = dataclasses.field(default_factory=WalkConfig)
+    matching: float = 1.0
+    adversarial: AdversarialConfig = dataclasses.field(default_factory=AdversarialConfig)
     guidance: float = 4.0
     score_time: TimeDensity = dataclasses.field(default_factory=lambda: TimeDensity(kind="uniform", shift=5.0))
     score_range: tuple[float, float] = (0.05, 0.98)
@@ -67,34 +82,68 @@ class DMDConfig(DistillationConfig):
             raise ValueError(f"score_range must rise within (0, 1], got {self.score_range}")
         if self.ratio < 1 or not 0 <= self.data_forcing <= 1:
             raise ValueError("ratio must be at least 1 and data_forcing between 0 and 1")
+        if self.matching < 0 or not (self.matching or self.adversarial.weight):
+            raise ValueError("matching must not be negative, and it and adversarial.weight must not both be 0")
+        if self.roles.weak and not self.needs_fake:
+            raise ValueError("roles.weak is a share of the fake score's adapter, which matching=0 leaves out")
+
+    @property
+    def needs_fake(self) -> bool:
+        """Whether anything looks at the fake score: the matching loss or the discriminator."""
+        return self.matching > 0 or self.adversarial.trunk == FAKE
 
 
 class DMD(Distillation):
-    """The method: roles "student" and "fake" over a frozen "teacher"."""
+    """The method: roles "student", "fake" and "discriminator" over a frozen "teacher", those that are needed."""
 
     Config = DMDConfig
-    roles = (STUDENT, FAKE)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The student and whoever it learns from."""
+        needed = {FAKE: self.config.needs_fake, DISCRIMINATOR: self.config.adversarial.weight > 0}
+        return (STUDENT, *(role for role, is_needed in needed.items() if is_needed))
 
     @property
     def cadence(self) -> Mapping[str, int]:
-        """The student waits for the fake score."""
+        """The student waits for the others."""
         return {STUDENT: self.config.ratio}
+
+    @functools.cached_property
+    def critic(self) -> Critic:
+        """The discriminator, where there is one."""
+        return Critic.create(self.config.adversarial, self.backbone)
+
+    def init_role(self, role: str, key: jax.Array) -> Params:
+        """A role at its start: the teacher itself, or a discriminator that finds all latents alike."""
+        return self.critic.heads.init(key) if role == DISCRIMINATOR else super().init_role(role, key)
 
     def part(
         self, params: Mapping[str, Params], part: str, record: Record, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[tuple[str, str], jax.Array]]:
-        """Both losses on one part, and the sizes of the parts of g."""
-        cond_key, start_key, score_key, fake_key = jax.random.split(key, 4)
+        """The losses on one part, and the sizes of the parts of g."""
+        cond_key, start_key, score_key, fake_key, critic_key = jax.random.split(key, 5)
+        config = self.config
         data = record["latents"].astype(jnp.float32)
         cond = self.backbone.conditioning(params, part, record, cond_key)
         student = [self.backbone.velocity(params, STUDENT, trained=trained) for trained in (False, True)]
-        x, t = rollout.start(self.config.walk, student[0], cond, data, start_key)
+        x, t = rollout.start(config.walk, student[0], cond, data, start_key)
         x = rollout.finish(student[1], cond, data, x, t)
-        g, metrics = self.score_gradient(params, jax.lax.stop_gradient(x), cond, data, score_key)
-        matched = 0.5 * weighted_mean((x - jax.lax.stop_gradient(x - g)) ** 2, 1 - cond.mask)
-        fake = self.fake_errors(params, jax.lax.stop_gradient(x), cond, fake_key)
-        losses = {STUDENT: jnp.mean(matched), FAKE: jnp.mean(fake)}
-        return losses, {(STUDENT, name): value for name, value in metrics.items()} | {(FAKE, "error"): losses[FAKE]}
+        losses, metrics = {STUDENT: jnp.zeros(())}, {}
+        if config.matching:
+            g, sizes = self.score_gradient(params, jax.lax.stop_gradient(x), cond, data, score_key)
+            matched = 0.5 * weighted_mean((x - jax.lax.stop_gradient(x - g)) ** 2, 1 - cond.mask)
+            losses[STUDENT] += config.matching * jnp.mean(matched)
+            metrics |= {(STUDENT, name): value for name, value in sizes.items()}
+        if FAKE in self.roles:
+            losses[FAKE] = jnp.mean(self.fake_errors(params, jax.lax.stop_gradient(x), cond, fake_key))
+            metrics |= {(FAKE, "error"): losses[FAKE]}
+        if DISCRIMINATOR in self.roles:
+            judged, found = self.critic.losses(params, data, x, cond, critic_key)
+            losses[STUDENT] += config.adversarial.weight * judged[STUDENT]
+            losses[DISCRIMINATOR] = judged[DISCRIMINATOR]
+            metrics |= found
+        return losses, metrics
 
     def score_gradient(
         self, params: Mapping[str, Params], x: Latents, cond: Conditioning, data: Latents, key: jax.Array

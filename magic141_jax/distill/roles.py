@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from magic141_jax.convert.lora import merge
 from magic141_jax.diffusion.conditioning import Conditioning, Velocity
@@ -25,12 +26,14 @@ from magic141_jax.errors import UserError
 from magic141_jax.models import lora, mmdit
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import Params, cast
+from magic141_jax.shapes import Latents, Times
 from magic141_jax.train.conditioner import Conditioner, ConditioningConfig, Record
 from magic141_jax.train.flow_matching import STUDENT
 from magic141_jax.train.method import Batch, Metrics, Parts
 
 TEACHER, FAKE = "teacher", "fake"
 Layout = Literal["adapter", "full"]
+FeaturesFn = Callable[[Latents, Times, Conditioning], Float[Array, "k b l d"]]
 MOMENTS = 2  # float32 copies that AdamW holds of each trained parameter; Muon holds one, of the hidden matrices
 
 
@@ -131,11 +134,13 @@ class Backbone:
           guidance: the scale for a network with a guidance embedding, or one per sample.
         """
         network, own = self._of(params, role)
-        if not network.config.guidance_embedding:
-            guidance = None
-        elif guidance is None:
-            guidance = self.config.embedded_guidance
-        return mmdit.velocity_fn(network, own if trained else jax.lax.stop_gradient(own), guidance=guidance)
+        own = own if trained else jax.lax.stop_gradient(own)
+        return mmdit.velocity_fn(network, own, guidance=self._scale(network, guidance))
+
+    def features(self, params: Mapping[str, Params], role: str, layers: tuple[int, ...]) -> FeaturesFn:
+        """The features of a role's blocks `layers` (`mmdit.features_fn`); its parameters are constants."""
+        network, own = self._of(params, role)
+        return mmdit.features_fn(network, jax.lax.stop_gradient(own), layers, guidance=self._scale(network))
 
     def conditioning(self, params: Mapping[str, Params], part: str, record: Record, key: jax.Array) -> Conditioning:
         """The conditioning of a batch's part, "image" or "video", which all roles share."""
@@ -145,6 +150,12 @@ class Backbone:
         encoder = params[TEACHER].get("image_encoder")
         cond = self.conditioner.condition(encoder, record, text_key, known, image_tokens=video)
         return self.conditioner.noise_history(cond, history_key)
+
+    def _scale(self, network: Network, guidance: Any = None) -> Any:
+        """The scale that a network is fed: none without a guidance embedding."""
+        if not network.config.guidance_embedding:
+            return None
+        return self.config.embedded_guidance if guidance is None else guidance
 
     def _of(self, params: Mapping[str, Params], role: str) -> tuple[Network, Params]:
         backbone = params[TEACHER]["transformer"]
@@ -215,10 +226,13 @@ class Distillation:
         return {TEACHER: self.backbone.frozen}
 
     def init(self, key: jax.Array) -> dict[str, Params]:
-        """All roles start as the teacher."""
-        return {
-            role: self.backbone.init(role, k) for role, k in zip(self.roles, jax.random.split(key, len(self.roles)))
-        }
+        """Every role at its start."""
+        keys = jax.random.split(key, len(self.roles))
+        return {role: self.init_role(role, k) for role, k in zip(self.roles, keys)}
+
+    def init_role(self, role: str, key: jax.Array) -> Params:
+        """A role at its start: the teacher itself, where the role stands on the backbone."""
+        return self.backbone.init(role, key)
 
     def components(self, params: Mapping[str, Params]) -> dict[str, tuple[str, Any, Params]]:
         """The student's folders."""

@@ -100,8 +100,16 @@ class FeatureHeadsConfig:
             raise UserError(f"heads on the layers {self.layers}: name one or more different blocks, counted from 0")
 
     @classmethod
-    def on(cls, transformer: MMDiTConfig, layers: tuple[int, ...], *, hidden: int = 256) -> FeatureHeadsConfig:
-        """The config of heads that fit a transformer."""
+    def on(cls, transformer: MMDiTConfig, layers: tuple[int, ...] = (), *, hidden: int = 256) -> FeatureHeadsConfig:
+        """The config of heads that fit a transformer: on the blocks `layers`, or half-way, at three quarters and last.
+
+        Raises:
+          UserError: blocks that the transformer lacks.
+        """
+        blocks = transformer.double_blocks + transformer.single_blocks
+        layers = layers or tuple(sorted({max(blocks * quarters // 4, 1) - 1 for quarters in (2, 3, 4)}))
+        if max(layers) >= blocks:
+            raise UserError(f"heads on the layers {layers}: this transformer has the blocks 0 to {blocks - 1}")
         shared = ("width", "pooled_width", "patch", "time_features")
         return cls(layers=layers, hidden=hidden, **{name: getattr(transformer, name) for name in shared})
 

@@ -38,7 +38,7 @@ class FlowMatchingConfig(ConditioningConfig):
       known_weight: weight of the known frames in the loss against the unknown ones. In sampling they travel the
         path as well, so some weight keeps them on it; 0 leaves them out.
       image_weight, video_weight: weights of the two halves of the batch.
-      init_records: captions on which the first maps of the text are fitted, see `mmdit.fit_text`; 0 draws them.
+      init_records: captions on which the first maps of the text are fitted, see `whitening.fit_text`; 0 draws them.
     """
 
     image_time: TimeDensity = dataclasses.field(default_factory=TimeDensity)

@@ -1,4 +1,4 @@
-"""Toys for distillation: networks of a few thousand parameters, and a backbone whose velocities are formulas."""
+"""Toys for distillation: small networks, and a backbone whose velocities and features are formulas."""
 
 import dataclasses
 import types
@@ -20,12 +20,9 @@ SIZES = dataclasses.replace(mmdit.debug(), text_width=8, pooled_width=6, time_fe
 NULL = NullText(jnp.zeros((3, 8)), jnp.array([True, False, False]), jnp.zeros(6))
 
 
-@pytest.fixture(autouse=True, scope="package")
-def quick_compilation():
-    """Compiles three times faster, to slower code."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+@pytest.fixture(autouse=True, scope="module")
+def quick(quick_compilation):
+    """All tests of this folder compile quickly."""
 
 
 def record(b=2, f=3, size=2, channels=4, seed=0):
@@ -61,7 +58,10 @@ def parts(**changes):
 
 @dataclasses.dataclass
 class Formulas:
-    """A backbone whose roles are velocities (parameters of the role) -> (x, t, cond) -> v."""
+    """A backbone whose roles are velocities (parameters of the role) -> (x, t, cond) -> v.
+
+    Features are the latents, one a token, beside constants that let their mean and size outlive a layer norm.
+    """
 
     velocities: Mapping[str, Callable]
     config: ConditioningConfig = dataclasses.field(default_factory=lambda: ConditioningConfig(known_frames=(1.0,)))
@@ -74,6 +74,18 @@ class Formulas:
         own = params[role] if trained else jax.lax.stop_gradient(params[role])
         made = self.velocities[role](own)
         return made if guidance is None else lambda x, t, cond: made(x, t, cond, guidance)
+
+    @property
+    def network(self):
+        return types.SimpleNamespace(config=dataclasses.replace(SIZES, patch=(1, 1, 1), width=8))
+
+    def features(self, params, role, layers):
+        def features(x, t, cond):
+            constants = jnp.tile(jnp.array([2.0, -2.0]), (*x.shape[:-1], 2))
+            tokens = jnp.concatenate([x, constants], -1).reshape(x.shape[0], -1, 8)
+            return jnp.broadcast_to(tokens[None], (len(layers), *tokens.shape))
+
+        return features
 
     def conditioning(self, params, part, record, key):
         shape = record["latents"].shape

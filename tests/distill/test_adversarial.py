@@ -10,17 +10,22 @@ import pytest
 
 from magic141_jax import sharding
 from magic141_jax.diffusion import conditioning, flow
+from magic141_jax.distill import roles
 from magic141_jax.distill.adversarial import (
     ADVERSARIAL_LOSSES,
-    discriminate,
+    DISCRIMINATOR,
+    AdversarialConfig,
+    Critic,
     discriminator_fn,
     gradient_penalty,
     noised_latents,
 )
+from magic141_jax.distill.roles import STUDENT, TEACHER, Backbone, RolesConfig
 from magic141_jax.models import SHARDING_RULES, mmdit
 from magic141_jax.models.discriminator import FeatureHeads, FeatureHeadsConfig, sample_logits
 from magic141_jax.models.mmdit import MMDiT, features_fn
 from magic141_jax.models.network import Network
+from magic141_jax.train.conditioner import ConditioningConfig
 
 LAYERS = (0, 1)
 
@@ -150,7 +155,7 @@ def judged(trunk, heads):
 
     def logits(trunk_params, heads_params, x0, noise, t, cond):
         features = features_fn(trunk[0], trunk_params, LAYERS)
-        return discriminate(features, heads[0], heads_params, x0=x0, noise=noise, t=t, cond=cond)
+        return discriminator_fn(features, heads[0], heads_params)(noised_latents(x0, noise, t, cond), t, cond)
 
     return jax.jit(logits)
 
@@ -236,10 +241,94 @@ def test_a_discriminator_learns_and_leads_fakes_towards_the_real_ones(trunk, hea
     x0, pattern, shared = jax.jit(example, static_argnums=1)(jax.random.key(9), 64)
 
     def lead(x0):
-        real, fake = jnp.split(discriminate(features, network, params, x0=x0, **shared), 2)
+        judge = discriminator_fn(features, network, params)
+        real, fake = jnp.split(judge(noised_latents(x0, **shared), shared["t"], shared["cond"]), 2)
         return generator(real, fake), real > fake
 
     gradient, right = jax.jit(jax.grad(lead, has_aux=True))(x0)
     assert right.mean() > 0.9
     assert (jnp.einsum("bfhwc,fhwc->b", -gradient[64:], pattern) > 0).mean() > 0.9
     assert not gradient[:, 0].any()
+
+
+class Linear:
+    """Heads that are an inner product with their parameters (d,)."""
+
+    config = FeatureHeadsConfig(layers=(0, 1), patch=(1, 1, 1))
+
+    def __call__(self, params, features, t, pooled):
+        return features @ params
+
+
+@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
+def test_a_critics_losses_are_their_formulas(toys, loss):
+    """With linear heads, D(x_t) - D(x0) and the penalties are known in closed form."""
+    config = AdversarialConfig(weight=3.0, loss=loss, time_range=(0.25, 0.25), penalty=0.5, sigma=1e-2)
+    critic, record = Critic(config, toys.Formulas({}), Linear()), toys.record(b=3)
+    cond = toys.Formulas({}).conditioning({}, "video", record, None)
+    real, made, w = record["latents"], toys.record(b=3, seed=1)["latents"], jnp.arange(8.0) / 8 - 0.3
+
+    @jax.jit
+    def run(real, made, key):
+        return critic.losses({DISCRIMINATOR: w}, real, made, cond, key)
+
+    losses, metrics = run(real, made, jax.random.key(0))
+    told, same = metrics[DISCRIMINATOR, "adversarial"], run(real, real, jax.random.key(0))[1]
+    assert same[DISCRIMINATOR, "real"] == same[DISCRIMINATOR, "generated"] == metrics[DISCRIMINATOR, "real"]
+    # both were noised alike: the logits differ by w (1 - t) (generated - real), and only the noise is in common
+    difference = 0.75 * (made - real).mean((1, 2, 3)) @ w[:4]
+    got = metrics[DISCRIMINATOR, "generated"] - metrics[DISCRIMINATOR, "real"]
+    np.testing.assert_allclose(got, difference.mean(), rtol=1e-4)
+    if loss == "relativistic":
+        np.testing.assert_allclose(told, np.log1p(np.exp(difference)).mean(), rtol=1e-4)
+        np.testing.assert_allclose(losses[STUDENT], np.log1p(np.exp(-difference)).mean(), rtol=1e-4)
+    assert metrics[STUDENT, "adversarial"] == losses[STUDENT]
+    penalties = [metrics[DISCRIMINATOR, name] for name in ("r1", "r2")]
+    np.testing.assert_allclose(losses[DISCRIMINATOR], told + sum(penalties), rtol=1e-6)
+    assert penalties[0] != penalties[1], "each has noise of its own"
+    drawn = jax.vmap(lambda key: run(real, made, key)[1][DISCRIMINATOR, "r2"])(
+        jax.random.split(jax.random.key(1), 2000)
+    )
+    tokens = real[0, ..., 0].size  # each of them has a say of 1 / tokens
+    np.testing.assert_allclose(drawn.mean(), 0.5 * jnp.square(w[:4]).sum() / tokens, rtol=0.1)
+
+
+@pytest.mark.parametrize(("trunk", "layout"), [("teacher", "adapter"), ("fake", "adapter"), ("fake", "full")])
+def test_gradients_of_a_critic_reach_its_heads_and_the_students_unknown_latents(toys, trunk, layout):
+    parts = toys.parts()
+    clean = ConditioningConfig(known_frames=(0.0, 1.0), history_noise_probability=0.0)
+    backbone = Backbone.create(RolesConfig(rank=2, fake=layout), parts, parts.conditioner(clean))
+    critic = Critic.create(AdversarialConfig(weight=1.0, trunk=trunk, hidden=8), backbone)
+    assert critic.heads.config.layers == (0, 1)
+    fake = jax.tree.map(lambda leaf: leaf + 0.05, backbone.init(roles.FAKE, jax.random.key(0)))
+    params = {TEACHER: backbone.frozen, roles.FAKE: fake, DISCRIMINATOR: random_params(critic.heads, 0.4)}
+    record, made = toys.record(), toys.record(seed=1)["latents"]
+    cond = backbone.conditioning(params, "video", record, jax.random.key(1))
+
+    @jax.jit
+    def run(params, made):
+        def losses(params, made):
+            return critic.losses(params, record["latents"], made, cond, jax.random.key(2))
+
+        grads = {
+            role: jax.grad(lambda p, x, role=role: losses(p, x)[0][role], (0, 1))(params, made)
+            for role in (STUDENT, DISCRIMINATOR)
+        }
+        return losses(params, made)[1], grads
+
+    metrics, grads = run(params, made)
+    to_latents = np.abs(grads[STUDENT][1]).max((2, 3, 4))
+    assert (to_latents[:, 0] == 0).all() and (to_latents[:, 1:] > 0).all()
+    for role, (to_params, _) in grads.items():
+        largest = {name: max(float(jnp.abs(g).max()) for g in jax.tree.leaves(to_params[name])) for name in params}
+        assert largest[TEACHER] == largest[roles.FAKE] == 0 < largest[DISCRIMINATOR], role
+    moved, _ = run(params | {roles.FAKE: jax.tree.map(lambda leaf: leaf + 0.05, fake)}, made)
+    same = moved[DISCRIMINATOR, "real"] == metrics[DISCRIMINATOR, "real"]
+    assert same == (trunk == "teacher"), "the fake score is judged by as it is now"
+
+
+def test_adversarial_settings_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="time_range must rise"):
+        AdversarialConfig(time_range=(0.5, 0.2))
+    with pytest.raises(ValueError, match="sigma and hidden must be positive"):
+        AdversarialConfig(sigma=0.0)

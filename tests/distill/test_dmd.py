@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from magic141_jax.diffusion.timesteps import TimeDensity
+from magic141_jax.distill.adversarial import DISCRIMINATOR, AdversarialConfig
 from magic141_jax.distill.dmd import DMD, DMDConfig
 from magic141_jax.distill.roles import FAKE, STUDENT, TEACHER, RolesConfig
 from magic141_jax.distill.rollout import WalkConfig
@@ -42,6 +43,14 @@ def toy(toys, **config):
     return DMD(config, toys.Formulas({TEACHER: gaussian, STUDENT: generator, FAKE: gaussian}))
 
 
+def trainer(method, frozen, rates, *, updates):
+    """The real step on a method of formulas, with `frozen` for the teacher's parameters, and its optimizers."""
+    config = {"warmup_steps": 0, "weight_decay": 0.0, "decay": "constant", "ema_decay": 0.0, "b1": 0.0}
+    optimizers = {r: optim.make(optim.OptimizerConfig(learning_rate=x, **config), updates) for r, x in rates.items()}
+    seen = {"roles": method.roles, "cadence": method.cadence, "frozen": frozen, "losses": method.losses}
+    return make_step(type("Toy", (), seen), optimizers), optimizers
+
+
 def test_a_gaussian_is_matched_in_mean_and_in_deviation(toys):
     method = toy(toys, ratio=2)
     params = {
@@ -49,14 +58,8 @@ def test_a_gaussian_is_matched_in_mean_and_in_deviation(toys):
         FAKE: {"mean": jnp.array(0.0), "log": jnp.array(0.0)},
     }
     frozen = {TEACHER: {"mean": jnp.array(1.5), "log": jnp.log(0.5)}}
-    config = {"warmup_steps": 0, "weight_decay": 0.0, "decay": "constant", "ema_decay": 0.0, "b1": 0.0}
-    rates = {STUDENT: 0.01, FAKE: 0.03}
-    optimizers = {r: optim.make(optim.OptimizerConfig(learning_rate=rate, **config), 700) for r, rate in rates.items()}
-    # What `make_step` asks of a method, with the formulas' parameters for the teacher.
-    method = type(
-        "Toy", (), {"roles": method.roles, "cadence": method.cadence, "frozen": frozen, "losses": method.losses}
-    )
-    step, state = make_step(method, optimizers), TrainState.create(params, optimizers)
+    step, optimizers = trainer(method, frozen, {STUDENT: 0.01, FAKE: 0.03}, updates=700)
+    state = TrainState.create(params, optimizers)
     batch = {"video": {k: np.asarray(v) for k, v in toys.record(b=64, f=2).items()}}
     for number in range(700):
         state, metrics = step(state, batch, number)
@@ -156,8 +159,101 @@ def test_networks_are_trained_by_role(toys):
     assert method.sampling()["num_inference_steps"] == 2
 
 
+def constants(**values):
+    return {name: jnp.array(value) for name, value in values.items()}
+
+
+FORMULAS = {
+    STUDENT: constants(mean=0.3, scale=0.8),
+    FAKE: constants(mean=0.2, log=0.1),
+    TEACHER: constants(mean=1.5, log=-0.7),
+}
+
+
+def test_an_adversarial_term_is_added_and_changes_nothing_else(toys):
+    plain, key, record = toy(toys, guidance=2.0), jax.random.key(3), toys.record()
+    assert plain.roles == (STUDENT, FAKE), "its weight is 0"
+    both = toy(toys, guidance=2.0, adversarial=AdversarialConfig(weight=0.25), matching=2.0)
+    assert both.roles == (STUDENT, FAKE, DISCRIMINATOR)
+    heads = both.init_role(DISCRIMINATOR, jax.random.key(0))
+    part = jax.jit(lambda params: plain.part(params, "video", record, key))
+    before, sizes = part(FORMULAS)
+    part = jax.jit(lambda params: both.part(params, "video", record, key))
+    after, found = part(FORMULAS | {DISCRIMINATOR: heads})
+    assert before.keys() == {STUDENT, FAKE} and after.keys() == set(both.roles)
+    assert after[FAKE] == before[FAKE] and {name: found[name] for name in sizes} == sizes
+    np.testing.assert_allclose(after[STUDENT], 2 * before[STUDENT] + 0.25 * found[STUDENT, "adversarial"], rtol=1e-6)
+    assert float(found[STUDENT, "adversarial"]) == pytest.approx(np.log(2)), "fresh heads find all latents alike"
+
+
+@pytest.mark.parametrize("loss", ["relativistic", "non_saturating"])
+def test_without_matching_the_adversary_alone_leads_the_student_to_the_data(toys, loss):
+    """The data are N(1.5, 0.5^2), which no score says: neither the fake one nor the teacher is looked at."""
+    adversarial = AdversarialConfig(weight=1.0, loss=loss, hidden=16, time_range=(0.05, 0.6))
+    method = toy(toys, ratio=2, matching=0.0, adversarial=adversarial)
+    assert method.roles == (STUDENT, DISCRIMINATOR)
+    step, optimizers = trainer(method, {TEACHER: {}}, {STUDENT: 0.02, DISCRIMINATOR: 0.01}, updates=600)
+    params = {
+        STUDENT: constants(mean=0.0, scale=1.0),
+        DISCRIMINATOR: method.init_role(DISCRIMINATOR, jax.random.key(0)),
+    }
+    state, record = TrainState.create(params, optimizers), toys.record(b=64, f=2)
+    batch = {"video": {k: np.asarray(v) for k, v in record.items()}}
+    batch["video"]["latents"] = 1.5 + 0.5 * batch["video"]["latents"]
+    means = []
+    for number in range(600):
+        state, metrics = step(state, batch, number)
+        means.append(float(state.params[STUDENT]["mean"]))
+    assert not any("student" in name for name in metrics), "step 599 does not update the student"
+    assert {"discriminator/video_adversarial", "discriminator/video_real", "loss/discriminator"} < set(metrics)
+    assert np.mean(means[-100:]) == pytest.approx(1.5, abs=0.2)
+
+
+def test_a_students_step_is_down_its_own_loss(toys):
+    """The critic's loss, through which the student's latents could be seen, does not come in: twice the weight is twice
+    the gradient."""
+    norms = []
+    for weight in (1.0, 2.0):
+        method = toy(toys, matching=0.0, adversarial=AdversarialConfig(weight=weight, hidden=8))
+        step, optimizers = trainer(method, {TEACHER: {}}, {STUDENT: 0.02, DISCRIMINATOR: 0.01}, updates=2)
+        network = method.critic.heads
+        params = {STUDENT: constants(mean=0.0, scale=1.0), DISCRIMINATOR: toys.random_params(network)}
+        _, metrics = step(TrainState.create(params, optimizers), {"video": toys.record()}, 0)
+        norms.append(float(metrics["grad_norm/student"]))
+    assert norms[1] == pytest.approx(2 * norms[0], rel=1e-4) and norms[0] > 0
+
+
+@pytest.mark.parametrize(("trunk", "layout"), [("teacher", "full"), ("fake", "adapter")])
+def test_networks_are_trained_against_an_adversary(toys, trunk, layout):
+    """The fake score is left out unless its features are judged."""
+    config = DMDConfig(
+        roles=RolesConfig(student=layout, fake=layout, rank=2),
+        walk=WalkConfig(steps=1),
+        known_frames=(0.0, 1.0),
+        matching=0.0,
+        adversarial=AdversarialConfig(weight=1.0, trunk=trunk, hidden=8),
+        ratio=1,
+    )
+    method = DMD.build(config, toys.parts())
+    assert method.roles == ((STUDENT, DISCRIMINATOR) if trunk == "teacher" else (STUDENT, FAKE, DISCRIMINATOR))
+    rates = optim.OptimizerConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.0)
+    optimizers = {role: optim.make(rates, 10) for role in method.roles}
+    state, step = TrainState.create(method.init(jax.random.key(0)), optimizers), make_step(method, optimizers)
+    norms = []
+    for number in range(2):
+        state, metrics = step(state, {"video": toys.record()}, number)
+        norms.append({role: float(metrics[f"grad_norm/{role}"]) for role in method.roles})
+    assert metrics["finite"] and norms[0][DISCRIMINATOR] > 0
+    assert norms[0][STUDENT] == 0 < norms[1][STUDENT], "heads that find all alike lead nowhere, trained ones do"
+    assert method.components(method.frozen | state.params).keys() == {"transformer"}
+
+
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="score_range must rise"):
         DMDConfig(score_range=(0.5, 0.2))
     with pytest.raises(ValueError, match="ratio must be at least 1"):
         DMDConfig(ratio=0)
+    with pytest.raises(ValueError, match="must not both be 0"):
+        DMDConfig(matching=0.0)
+    with pytest.raises(ValueError, match="which matching=0 leaves out"):
+        DMDConfig(matching=0.0, adversarial=AdversarialConfig(weight=1.0), roles=RolesConfig(weak=0.1))

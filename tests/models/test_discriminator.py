@@ -168,3 +168,11 @@ def test_one_logit_a_sample_is_the_mean_over_heads_and_unknown_tokens():
     known[0, 0, :2, :1] = 1  # half of the first token
     half = sample_logits(jnp.asarray(logits), jnp.asarray(known), (1, 2, 2))[0]
     np.testing.assert_allclose(half, np.average(logits[:, 0].mean(0), weights=[0.5, *[1] * 7]), atol=1e-6)
+
+
+def test_heads_stand_where_they_are_asked_for_and_spread_over_a_transformer():
+    spread = {name: FeatureHeadsConfig.on(size()).layers for name, size in mmdit.SIZES.items()}
+    assert spread == {"emoji": (2, 3, 5), "hunyuan_13b": (29, 44, 59), "flux_12b": (27, 41, 56), "debug": (0, 1)}
+    assert FeatureHeadsConfig.on(mmdit.debug(), (1,)).layers == (1,)
+    with pytest.raises(UserError, match="blocks 0 to 1"):
+        FeatureHeadsConfig.on(mmdit.debug(), (0, 2))

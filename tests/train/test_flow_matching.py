@@ -17,16 +17,9 @@ from magic141_jax.train.flow_matching import FlowMatching, FlowMatchingConfig
 from magic141_jax.train.state import TrainState
 from magic141_jax.train.step import make_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIZES = dataclasses.replace(mmdit.debug(), mlp_ratio=4.0, text_width=8, pooled_width=6, time_features=8)
 NULL = NullText(jnp.zeros((3, 8)), jnp.array([True, False, False]), jnp.zeros(6))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Compiles three times faster, to slower code."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def records(b, f, key=0):
