@@ -21,4 +21,5 @@ def get_config():
         "ratio": 2,
         "roles": {"rank": 4},
     }
-    return make_config(**config | {"teacher": "runs/debug/weights"})
+    rates = {"student": {"learning_rate": 3e-4}, "fake": {"learning_rate": 1e-3}}
+    return make_config(**config | {"teacher": "runs/debug/weights", "role_optimizers": rates})

@@ -77,8 +77,8 @@ class GuidanceDistillation(Distillation):
         return {"guidance_scale": 1.0 if low == high else self.guidance}
 
     def student(self, params: Mapping[str, Params]) -> Velocity:
-        """The student's velocity at the middle of the scales."""
-        return self.backbone.velocity(params, STUDENT, guidance=self.guidance)
+        """The student's velocity at the middle of the scales, with gradient."""
+        return self.backbone.velocity(params, STUDENT, trained=True, guidance=self.guidance)
 
     def part(
         self, params: Mapping[str, Params], part: str, record: Record, key: jax.Array

@@ -232,16 +232,16 @@ class Distillation:
 
     @property
     def guidance(self) -> float:
-        """w of the guided teacher in whose place the student stands."""
-        return self.config.guidance
+        """w of the guided teacher in whose place the student stands; 1 where the method knows no guidance."""
+        return getattr(self.config, "guidance", 1.0)
 
     def sampling(self) -> dict[str, Any]:
         """The sampling settings that the student is trained for: by default those of its few steps."""
         return self.walk.sampling()
 
     def student(self, params: Mapping[str, Params]) -> Velocity:
-        """The student's velocity as it is sampled."""
-        return self.backbone.velocity(params, STUDENT)
+        """The student's velocity as it is sampled, with gradient."""
+        return self.backbone.velocity(params, STUDENT, trained=True)
 
     def sample(
         self, params: Mapping[str, Params], record: Record, key: jax.Array, *, known: int, keep: bool = True

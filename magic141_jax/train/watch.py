@@ -185,9 +185,7 @@ class Watch:
           UserError: the method has no teacher to compare with; see `create`.
         """
         if not (hasattr(method, "sample") and hasattr(method, "reference")):
-            raise UserError(
-                "config.watch compares with a teacher, and this method has none; set config.watch.every to 0"
-            )
+            raise UserError("the watch compares with a teacher, and this method has none: set config.watch.every to 0")
         known = method.config.shown(record["latents"].shape[1])
 
         def clips(draw: Callable[..., jax.Array], params: Mapping[str, Params], record: Record) -> Clips:
