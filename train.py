@@ -36,6 +36,7 @@ def main() -> None:
         experiment.export(_state_to_export(experiment), Path(_EXPORT.value))
         print(f"wrote {_EXPORT.value}")
         return
+    print(experiment.memory(), flush=True)
     result = experiment.train(progress=_PROGRESS.value)
     if result.stopped:
         print(f"stopped and saved at step {result.step}; the same command goes on from there")

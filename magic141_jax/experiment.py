@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from magic141_jax import settings, sharding, weights
@@ -42,12 +43,13 @@ from magic141_jax.train.conditioner import Conditioner, ConditioningConfig, Null
 from magic141_jax.train.flow_matching import STUDENT, FlowMatching
 from magic141_jax.train.method import Method, Parts
 from magic141_jax.train.metrics import MetricWriter
-from magic141_jax.train.state import TrainState
+from magic141_jax.train.state import TrainState, memory_table
 from magic141_jax.train.step import make_step
+from magic141_jax.train.watch import Watch, WatchConfig
 
 NETWORKS = ("mmdit", "image_encoder", "patch_vae", "feature_heads")
 RULES = (*lora.SHARDING_RULES, *(rule for name in NETWORKS for rule in SHARDING_RULES[name]))
-MAY_CHANGE = ("train.", "mesh.", "data.threads", "sampling.", "components_from")
+MAY_CHANGE = ("train.", "watch.", "mesh.", "data.threads", "sampling.", "components_from")
 STATISTICS_BATCHES = 16
 PREVIEW_CLIPS = 4
 
@@ -60,7 +62,7 @@ class ExperimentConfig:
       model: {"model": name in MODELS, ...fields of its config}: what is trained.
       method: {"name": name in METHODS or "package.module:Class", ...fields of its config}.
       image_encoder: like `model`; empty trains without image tokens.
-      data, optimizer, train, mesh: see their classes.
+      data, optimizer, train, watch, mesh: see their classes.
       role_optimizers: {role: {field: value}} where a role differs from `optimizer`.
       teacher: a weights folder: the frozen networks that a distillation starts from and is measured against.
       init_from: a weights folder whose components training starts from; empty starts fresh.
@@ -77,6 +79,7 @@ class ExperimentConfig:
     optimizer: optim.OptimizerConfig = dataclasses.field(default_factory=optim.OptimizerConfig)
     role_optimizers: dict = dataclasses.field(default_factory=dict)
     train: loop.TrainConfig = dataclasses.field(default_factory=loop.TrainConfig)
+    watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
     sampling: dict = dataclasses.field(default_factory=dict)
     teacher: str = ""
@@ -155,13 +158,13 @@ def _method_class(name: Any) -> Any:
     return found
 
 
-def _build_method(config: ExperimentConfig) -> Method:
+def _build_method(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Method:
     settings_of_method = _method_config(config.method)
     parts = Parts(
         network=_network(config.model, "model"),
         model_name=config.model["model"],
         conditioner=functools.partial(_conditioner, config),
-        teacher=functools.partial(_teacher, config),
+        teacher=functools.partial(_teacher, config, mesh),
         raw_records=functools.partial(_require_raw, config),
     )
     try:
@@ -183,14 +186,17 @@ def _require_raw(config: ExperimentConfig) -> None:
         streams.open_cache(config.data.path, "raw")
 
 
-def _teacher(config: ExperimentConfig) -> dict[str, tuple[Any, Params]]:
-    """The transformer and, if there is one, the image encoder of config.teacher: {name: (config, parameters)}."""
+def _teacher(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> dict[str, tuple[Any, Params]]:
+    """The transformer and, if there is one, the image encoder of config.teacher: {name: (config, parameters)}.
+
+    They are laid over the mesh as they are read, so that a teacher which no device could hold alone may be used.
+    """
     if not config.teacher:
         raise UserError("this method distils a teacher: set --config.teacher to a weights folder")
     found = {}
     for name in ("transformer", "image_encoder"):
         if (Path(config.teacher) / name).is_dir():
-            model = load_model(Path(config.teacher) / name)
+            model = load_model(Path(config.teacher) / name, mesh=mesh)
             found[name] = (model.network.config, model.params)
     if "transformer" not in found:
         raise UserError(f"{config.teacher} has no transformer (config.teacher)")
@@ -256,7 +262,7 @@ class Experiment:
                 sharding.batch_size_per_process(size, mesh)
         if config.sampling:
             settings.build(SamplingSettings, config.sampling, where="config.sampling")
-        method = _build_method(config)
+        method = _build_method(config, mesh)
         optimizers = {}
         for role in method.roles:
             own = {**settings.to_dict(config.optimizer), **config.role_optimizers.get(role, {})}
@@ -290,9 +296,16 @@ class Experiment:
             params = self._loaded_params()
         elif fit is not None and count:
             params = fit(self.method.init(key), self._records(count))
+        elif self.method.frozen:
+            # Not under jit, where a teacher's parameters would be constants, which are copied to every device.
+            params = self.method.init(key)
         else:
             return jax.jit(lambda: self._state(self.method.init(key)), out_shardings=self.layout)()
         return jax.jit(self._state, out_shardings=self.layout)(jax.device_put(params, self.layout.params))
+
+    def memory(self) -> str:
+        """What the roles take on each device, see `train.state.memory_table`."""
+        return memory_table(self.abstract_state, self.method.frozen)
 
     def batches(self) -> Any:
         """The run's batches of host arrays."""
@@ -301,6 +314,7 @@ class Experiment:
     def train(self, *, progress: bool = True) -> loop.Result:
         """Trains to the end or to a stop signal, from the last checkpoint of the work folder if there is one."""
         config = self.config
+        watch = self._watch()
         self._remember_config()
         step = make_step(self.method, self.optimizers, accumulate=config.train.accumulate, layout=self.layout)
         checkpoints = Checkpoints(self.workdir / "checkpoints", keep=config.train.keep)
@@ -315,6 +329,7 @@ class Experiment:
                 writer=writer,
                 place=lambda batch: sharding.shard_batch(streams.arrays(batch), self.mesh),
                 callback=self._preview(writer),
+                watch=watch,
             )
         finally:
             writer.close()
@@ -358,14 +373,26 @@ class Experiment:
     def _state(self, params: dict[str, Params]) -> TrainState:
         return TrainState.create(params, self.optimizers, seed=self.config.seed)
 
+    def _watch(self) -> Watch | None:
+        """The watch that looks at the first records of the run; None if it never looks."""
+        config = self.config.watch
+        if not config.every:
+            return None
+        record = {k: np.repeat(v, config.seeds, axis=0) for k, v in self._records(config.prompts).items()}
+        key = jax.random.key(self.config.seed)
+        return Watch.of(config, self.method, sharding.spread(record, self.mesh), key=key)
+
     def _preview(self, writer: MetricWriter) -> Any:
         """The loop's callback that shows sample videos; None if none are asked for or no VAE is there to decode."""
         config = self.config
         if not config.train.sample_every or not config.data.video_batch:
             return None
-        record = {k: v[:PREVIEW_CLIPS] for k, v in streams.arrays(next(self.batches()))["video"].items()}
+        record = self._records(PREVIEW_CLIPS)
         if isinstance(self.method, Autoencoding):
             draw = preview.reconstruction(self.method)
+        elif not hasattr(self.method, "sample"):
+            logging.warning("train.sample_every is set, but the method can't draw samples")
+            return None
         elif (Path(config.components_from) / "vae").is_dir() and config.components_from:
             vae, params = load_model(Path(config.components_from) / "vae")
             draw = preview.generation(self.method, vae, params, seed=config.seed)
@@ -379,12 +406,13 @@ class Experiment:
         return callback
 
     def _records(self, count: int) -> dict[str, jax.Array]:
-        """The first `count` records of the run's videos (of its images if it has none)."""
+        """The first `count` records of the run's videos (of its images if it has none), the same in all processes."""
         part = "video" if self.config.data.video_batch else "image"
         batches, found = self.batches(), []
         while sum(len(next(iter(record.values()))) for record in found) < count:
             found.append(streams.arrays(next(batches))[part])
-        return {name: jnp.asarray(np.concatenate([r[name] for r in found])[:count]) for name in found[0]}
+        records = {name: np.concatenate([r[name] for r in found])[:count] for name in found[0]}
+        return jax.tree.map(jnp.asarray, multihost_utils.broadcast_one_to_all(records))
 
     def _loaded_params(self) -> dict[str, Params]:
         """Fresh parameters with the components that `init_from` has put in their places."""

@@ -145,6 +145,17 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, batch)
 
 
+def spread(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that every process has whole as global ones, split on the leading axis if it divides, else copied."""
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+    def put(leaf: Any) -> jax.Array:
+        splits = np.ndim(leaf) and leaf.shape[0] % shards == 0
+        return jax.device_put(leaf, batch_sharding(mesh) if splits else replicated(mesh))
+
+    return jax.tree.map(put, tree)
+
+
 def _place(path: str, shape: tuple[int, ...], mesh: Mesh, *, rules: Rules, small: int) -> Placement:
     for pattern, axes in rules:
         if re.search(pattern, path):

@@ -190,3 +190,11 @@ def test_a_start_fitted_to_the_data_is_better(clips, tmp_path):
         errors.append(float(found["video/psnr"]))
     assert errors[1] > errors[0] + 3
     assert dataclasses.is_dataclass(experiment.config)
+
+
+def test_only_a_method_with_a_teacher_is_watched(tmp_path):
+    config = load("debug").get_config()
+    config.watch.every = 1
+    with pytest.raises(UserError, match=r"this method has none: set config.watch.every to 0"):
+        Experiment.from_config(config, tmp_path / "run", devices=jax.devices()[:1]).train(progress=False)
+    assert not (tmp_path / "run").exists()

@@ -169,3 +169,10 @@ def test_bytes_per_device():
     placed = jax.device_put(params, where)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
     assert sharding.bytes_per_device(params, where) == held < sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def test_whole_arrays_are_split_where_the_mesh_divides_them():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = sharding.spread({"a": np.arange(8), "b": np.arange(6), "c": np.float32(1)}, mesh)
+    assert {name: x.sharding.spec for name, x in placed.items()} == {"a": P(("data", "fsdp")), "b": P(), "c": P()}
+    np.testing.assert_array_equal(placed["a"], np.arange(8))

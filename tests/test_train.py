@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -10,7 +12,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 import pytest
+
+from magic141_jax.experiment import Experiment
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--config.data.image_batch=0", "--config.data.height=16", "--config.data.width=16", "--noprogress"]
@@ -32,10 +37,6 @@ def finish(process):
     return process.returncode, output, errors
 
 
-def debug(workdir, *more):
-    return start("--config=configs/debug.py", f"--workdir={workdir}", *TINY, *more)
-
-
 def lines(workdir):
     text = (workdir / "metrics.jsonl").read_text()
     return [{k: v for k, v in json.loads(line).items() if k != "time"} for line in text.splitlines()]
@@ -51,8 +52,24 @@ def wait_for_step(workdir, step, process):
     raise AssertionError(f"ended early: {process.communicate()[1]}")
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The weights of configs/debug.py before training, as the teacher of configs/debug_dmd.py."""
+    folder = tmp_path_factory.mktemp("weights") / "teacher"
+    experiment = Experiment.from_config(
+        runpy.run_path(str(ROOT / "configs/debug.py"))["get_config"](), folder, devices=jax.devices()[:1]
+    )
+    experiment.export(experiment.initial_state(), folder)
+    return folder
+
+
 @pytest.mark.heavy
-def test_a_killed_run_ends_with_the_same_losses(tmp_path):
+@pytest.mark.parametrize("config", ["debug", "debug_dmd"])
+def test_a_killed_run_ends_with_the_same_losses(config, teacher, tmp_path):
+    def debug(workdir, *more):
+        given = [f"--config.teacher={teacher}"] * (config == "debug_dmd")
+        return start(f"--config=configs/{config}.py", f"--workdir={workdir}", *TINY, *given, *more)
+
     steps = "--config.train.steps=40"
     code, output, errors = finish(debug(tmp_path / "whole", steps))
     assert code == 0 and "40 steps done" in output, errors
@@ -105,3 +122,25 @@ def test_mistakes_are_one_line(arguments, message, tmp_path):
     assert code == 2 and message in errors, errors
     assert [line for line in errors.splitlines() if line.startswith("error: ")] == errors.splitlines()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.heavy
+def test_a_collapse_is_one_line_that_names_it(teacher, tmp_path):
+    collapse = ["student.learning_rate=0.1", "fake.learning_rate=1e-30"]  # a critic that learns nothing
+    watch = ["every=2", "warmup=2", "prompts=2", "critic=loss/fake"]
+    code, output, errors = finish(
+        start(
+            "--config=configs/debug_dmd.py",
+            f"--workdir={tmp_path}",
+            *TINY,
+            f"--config.teacher={teacher}",
+            *(f"--config.role_optimizers.{value}" for value in collapse),
+            *(f"--config.watch.{value}" for value in watch),
+            "--config.train.save_every=2",
+        )
+    )
+    assert code == 2, errors
+    assert "teacher (frozen)" in output and "steps done" not in output
+    (said,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert re.match(r"error: step \d+: motion \S+ of the teacher's is above 2", said), said
+    assert re.search(r"the last good checkpoint is \S+/checkpoints/\d+\.", said), said

@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from magic141_jax.diffusion import flow
+from magic141_jax.diffusion.conditioning import Velocity
 from magic141_jax.diffusion.guidance import guided
 from magic141_jax.diffusion.timesteps import TimeDensity
 from magic141_jax.distill.roles import STUDENT, TEACHER, Distillation, DistillationConfig
+from magic141_jax.distill.rollout import WalkConfig
 from magic141_jax.pytree import Params
 from magic141_jax.train.conditioner import Record, weighted_mean
-from magic141_jax.train.flow_matching import MINIMUM_TIME
+from magic141_jax.train.flow_matching import MINIMUM_TIME, SAMPLING_STEPS
 from magic141_jax.train.method import Parts
 
 
@@ -59,10 +61,24 @@ class GuidanceDistillation(Distillation):
             raise ValueError("a range of scales needs config.model.guidance_embedding; else give one scale twice")
         return super().build(config, parts)
 
+    @property
+    def walk(self) -> WalkConfig:
+        """Steps to look at samples with: the student takes as many as its teacher, and Euler's."""
+        return WalkConfig(SAMPLING_STEPS, self.config.time.shift, "euler")
+
+    @property
+    def guidance(self) -> float:
+        """The middle of the scales."""
+        return sum(self.config.scale) / 2
+
     def sampling(self) -> dict[str, Any]:
         """The scale to ask for: 1 where it is in the weights, the middle of the range where it is told."""
         low, high = self.config.scale
-        return {"guidance_scale": 1.0 if low == high else (low + high) / 2}
+        return {"guidance_scale": 1.0 if low == high else self.guidance}
+
+    def student(self, params: Mapping[str, Params]) -> Velocity:
+        """The student's velocity at the middle of the scales, with gradient."""
+        return self.backbone.velocity(params, STUDENT, trained=True, guidance=self.guidance)
 
     def part(
         self, params: Mapping[str, Params], part: str, record: Record, key: jax.Array

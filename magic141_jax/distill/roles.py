@@ -11,17 +11,18 @@ that every loss reads under the role name "teacher", together with the image enc
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from magic141_jax.convert.lora import merge
 from magic141_jax.diffusion.conditioning import Conditioning, Velocity
+from magic141_jax.diffusion.guidance import guided
+from magic141_jax.distill import rollout
+from magic141_jax.distill.rollout import WalkConfig
 from magic141_jax.errors import UserError
 from magic141_jax.models import lora, mmdit
 from magic141_jax.models.network import Network
@@ -34,7 +35,6 @@ from magic141_jax.train.method import Batch, Metrics, Parts
 TEACHER, FAKE = "teacher", "fake"
 Layout = Literal["adapter", "full"]
 FeaturesFn = Callable[[Latents, Times, Conditioning], Float[Array, "k b l d"]]
-MOMENTS = 2  # float32 copies that AdamW holds of each trained parameter; Muon holds one, of the hidden matrices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Backbone:
         """The velocity of a role.
 
         Args:
-          params: of all roles, the frozen "teacher" among them.
+          params: of all roles, the frozen "teacher" among them; without the fake score's the teacher is the plain one.
           role: whose.
           trained: whether gradients flow into the role's parameters; without it they are constants.
           guidance: the scale for a network with a guidance embedding, or one per sample.
@@ -160,7 +160,7 @@ class Backbone:
     def _of(self, params: Mapping[str, Params], role: str) -> tuple[Network, Params]:
         backbone = params[TEACHER]["transformer"]
         if role == TEACHER:
-            if not self.config.weak:
+            if not self.config.weak or FAKE not in params:
                 return self.frozen_network, backbone
             return self.adapted, lora.join(backbone, params[FAKE]["adapter"], self.config.weak)
         if self.layout(role) == "adapter":
@@ -238,9 +238,50 @@ class Distillation:
         """The student's folders."""
         return self.backbone.components(params)
 
+    @property
+    def walk(self) -> WalkConfig:
+        """The student's steps."""
+        return self.config.walk
+
+    @property
+    def guidance(self) -> float:
+        """w of the guided teacher in whose place the student stands; 1 where the method knows no guidance."""
+        return getattr(self.config, "guidance", 1.0)
+
     def sampling(self) -> dict[str, Any]:
         """The sampling settings that the student is trained for: by default those of its few steps."""
-        return self.config.walk.sampling()
+        return self.walk.sampling()
+
+    def student(self, params: Mapping[str, Params]) -> Velocity:
+        """The student's velocity as it is sampled, with gradient."""
+        return self.backbone.velocity(params, STUDENT, trained=True)
+
+    def sample(
+        self, params: Mapping[str, Params], record: Record, key: jax.Array, *, known: int, keep: bool = True
+    ) -> Latents:
+        """The student's samples like the record's latents, by its own walk from their first `known` frames."""
+        cond = self.backbone.conditioner.clean(params[TEACHER].get("image_encoder"), record, known)
+        return rollout.generate(self.walk, self.student(params), cond, record["latents"].shape, key, keep=keep)
+
+    def reference(
+        self,
+        params: Mapping[str, Params],
+        record: Record,
+        key: jax.Array,
+        *,
+        known: int,
+        steps: int,
+        keep: bool = True,
+    ) -> Latents:
+        """The guided teacher's samples by `steps` Euler steps, from the noise of `sample` with the same key.
+
+        Only the frozen parameters are read, so a weak teacher is the plain one here.
+        """
+        frozen, conditioner = {TEACHER: params[TEACHER]}, self.backbone.conditioner
+        cond = conditioner.clean(frozen[TEACHER].get("image_encoder"), record, known)
+        teacher = guided(self.backbone.velocity(frozen, TEACHER), conditioner.negative(cond), self.guidance)
+        walk = WalkConfig(steps, self.walk.shift, "euler")
+        return rollout.generate(walk, teacher, cond, record["latents"].shape, key, keep=keep)
 
     def losses(
         self, params: Mapping[str, Params], batch: Batch, key: jax.Array, step: jax.Array
@@ -262,39 +303,3 @@ class Distillation:
     ) -> tuple[dict[str, jax.Array], dict[tuple[str, str], jax.Array]]:
         """Losses {role: scalar} and metrics {(role, name): scalar} on one part of a batch."""
         raise NotImplementedError
-
-
-def memory_table(backbone: Backbone, roles: tuple[str, ...], *, shards: int = 1) -> str:
-    """What each role takes, parameters, gradients, moments and average apart, in GiB, split over `shards` devices.
-
-    Roles are those on the backbone; the layouts not chosen are shown beside, for comparison.
-    """
-    sizes = {
-        "full": _bytes(backbone.network.abstract_params, np.float32),
-        "adapter": _bytes(_adapter_shapes(backbone), np.float32),
-    }
-    lines = [f"{'role':<10}{'layout':<10}{'parameters':>12}{'gradients':>12}{'moments':>12}{'average':>12}{'GiB':>10}"]
-    held = _bytes(backbone.frozen_network.abstract_params, np.dtype(jnp.dtype(backbone.config.teacher_dtype))) / shards
-    lines.append(_row("teacher", "frozen", [held, 0, 0, 0]))
-    total = held
-    for role in roles:
-        for layout in ("adapter", "full"):
-            one = sizes[layout] / shards
-            parts = [one, one, MOMENTS * one, one if role == STUDENT else 0]
-            chosen = layout == backbone.layout(role)
-            lines.append(_row(role, layout if chosen else f"({layout})", parts))
-            total += sum(parts) if chosen else 0
-    return "\n".join([*lines, f"in all, without activations: {total / 2**30:.2f} GiB on each of {shards} devices"])
-
-
-def _adapter_shapes(backbone: Backbone) -> Params:
-    return jax.eval_shape(lambda key: lora.fresh(backbone.adapted, key), jax.random.key(0))
-
-
-def _bytes(tree: Any, dtype: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) * np.dtype(dtype).itemsize
-
-
-def _row(role: str, layout: str, parts: list[float]) -> str:
-    cells = "".join(f"{part / 2**30:>12.2f}" for part in parts)
-    return f"{role:<10}{layout:<10}{cells}{sum(parts) / 2**30:>10.2f}"

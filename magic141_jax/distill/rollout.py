@@ -93,9 +93,18 @@ def finish(student: Velocity, cond: Conditioning, data: Latents, x: Latents, t: 
 
 
 def generate(
-    config: WalkConfig, student: Velocity, cond: Conditioning, shape: tuple[int, ...], key: jax.Array
+    config: WalkConfig,
+    velocity: Velocity,
+    cond: Conditioning,
+    shape: tuple[int, ...],
+    key: jax.Array,
+    *,
+    keep: bool = True,
 ) -> Latents:
-    """Whole samples of `shape` by the student's own walk, as `pipelines` would make them."""
+    """Whole samples of `shape` by a walk, as `pipelines` would make them; walks with one key start from one noise.
+
+    `keep` is that of `samplers.sample`.
+    """
     noise_key, step_key = jax.random.split(key)
     noise = flow.draw_noise(noise_key, shape)
-    return samplers.sample(student, cond, noise, config.times, sampler=config.sampler, key=step_key)
+    return samplers.sample(velocity, cond, noise, config.times, sampler=config.sampler, key=step_key, keep=keep)

@@ -47,6 +47,10 @@ class ConditioningConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
 
+    def shown(self, frames: int) -> int:
+        """How many of `frames` latent frames are known where samples are looked at: the first, if any ever is."""
+        return min(int(any(self.known_frames[1:])), frames - 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class NullText:
@@ -109,6 +113,11 @@ class Conditioner:
         return Conditioning(
             text.astype(jnp.float32), text_mask, pooled.astype(jnp.float32), held, mask, image_tokens=count
         )
+
+    def clean(self, encoder: Params | None, record: Record, known: int) -> Conditioning:
+        """The conditioning as in sampling: `known` leading frames without noise, every caption there."""
+        counts = jnp.full(record["latents"].shape[:1], known)
+        return self.condition(encoder, record, None, counts, image_tokens=known > 0)
 
     def drop_captions(self, record: Record, key: jax.Array) -> tuple[Tokens, TokenMask, Pooled]:
         """The text states of a record, those of the empty caption at random places."""

@@ -17,16 +17,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from magic141_jax.diffusion import flow
+from magic141_jax.diffusion import flow, samplers, timesteps
 from magic141_jax.diffusion.timesteps import TimeDensity
 from magic141_jax.models import mmdit
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import Params
-from magic141_jax.train.conditioner import Conditioner, ConditioningConfig, weighted_mean
+from magic141_jax.shapes import Latents
+from magic141_jax.train.conditioner import Conditioner, ConditioningConfig, Record, weighted_mean
 from magic141_jax.train.method import Batch, Metrics, Parts
 
 STUDENT = "student"
 MINIMUM_TIME = 0.05  # below it a predicted sample is not turned into a velocity exactly, see diffusion/flow.py
+SAMPLING_STEPS = 12  # of the samples that are looked at while training goes on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,19 @@ class FlowMatching:
         if encoder is not None:
             made["image_encoder"] = ("image_encoder", encoder.config, student["image_encoder"])
         return made
+
+    def sample(
+        self, params: Mapping[str, Params], record: Record, key: jax.Array, *, known: int, keep: bool = True
+    ) -> Latents:
+        """Samples like the record's latents by an Euler walk without guidance, from their first `known` frames.
+
+        `keep` is that of `samplers.sample`.
+        """
+        student, shape = params[STUDENT], record["latents"].shape
+        cond = self.conditioner.clean(student.get("image_encoder"), record, known)
+        times = timesteps.grid(SAMPLING_STEPS, self.config.video_time.shift)
+        velocity = mmdit.velocity_fn(self.transformer, student["transformer"])
+        return samplers.sample(velocity, cond, flow.draw_noise(key, shape), times, keep=keep)
 
     def losses(
         self, params: Mapping[str, Params], batch: Batch, key: jax.Array, step: jax.Array

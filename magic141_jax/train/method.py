@@ -6,6 +6,15 @@ the distillation objectives (paper sections 3 and 4) are methods; none of them h
 
 A method's file ends with a class that has `Config`, a dataclass, and `build(config, parts)`; a config file names it by
 a key of `experiment.METHODS` or, if it lives elsewhere, as "package.module:Class".
+
+What a method of latent records may offer besides, with a Config that is a `ConditioningConfig`:
+
+    sample(params, record, key, *, known, keep=True) -> latents                 previews
+    reference(params, record, key, *, known, steps, keep=True) -> latents       the watch: the teacher's, to compare
+    sampling() -> fields of SamplingSettings                                    what an export records
+
+Both kinds of samples are pure functions of all parameters by role, the frozen ones among them. They are like the
+record's latents, from the same noise, with the first `known` frames known; `keep` is that of `samplers.sample`.
 """
 
 from __future__ import annotations
@@ -32,8 +41,8 @@ class Parts:
       network: what config.model describes.
       model_name: its name in a weights folder's config.json.
       conditioner: makes the conditioning of latent records; raises `UserError` if the data holds other records.
-      teacher: reads config.teacher, {"transformer": (config, parameters), "image_encoder": ...}; raises `UserError`
-        where there is none.
+      teacher: reads config.teacher, {"transformer": (config, parameters), "image_encoder": ...}, the parameters laid
+        over the mesh; raises `UserError` where there is none.
       raw_records: raises `UserError` unless the data holds frames.
     """
 
@@ -50,7 +59,8 @@ class Method(Protocol):
     Attributes:
       roles: the trained roles, in the order in which they are updated.
       cadence: a role is updated at every step divisible by its number; a missing role counts as 1.
-      frozen: parameters that the losses read under their own role names and that are never updated or saved.
+      frozen: parameters that the losses read under their own role names and that are never updated or saved. Large
+        ones lie over the mesh already, as those of `Parts.teacher` do.
     """
 
     roles: tuple[str, ...]

@@ -1,7 +1,7 @@
 """Pictures of how training goes: a few clips of the data beside what the present weights make of them.
 
-autoencoding     [clip | reconstruction]
-flow matching    [decoded latents | sampled from the first latent frame, the caption and the anchor]
+autoencoding                   [clip | reconstruction]
+flow matching, distillation    [decoded latents | the method's own samples of the same captions and first frames]
 """
 
 from __future__ import annotations
@@ -13,16 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from magic141_jax.diffusion import flow, samplers, timesteps
-from magic141_jax.models import mmdit
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import Params
 from magic141_jax.shapes import Frames
 from magic141_jax.train.autoencoding import VAE, Autoencoding
 from magic141_jax.train.conditioner import as_float
-from magic141_jax.train.flow_matching import STUDENT, FlowMatching
+from magic141_jax.train.method import Method
 
-STEPS = 12
 Preview = Callable[[Mapping[str, Params], Mapping[str, Any]], Float[Array, "b t y 2*x 3"]]
 
 
@@ -38,18 +35,16 @@ def reconstruction(method: Autoencoding) -> Preview:
     return jax.jit(preview)
 
 
-def generation(method: FlowMatching, vae: Network, vae_params: Params, *, seed: int) -> Preview:
-    """A jitted function (params by role, latent record) -> decoded clips beside samples, in [0, 1]."""
-    times = timesteps.grid(STEPS, method.config.video_time.shift)
+def generation(method: Method, vae: Network, vae_params: Params, *, seed: int) -> Preview:
+    """A jitted function (params by role, latent record) -> decoded clips beside samples, in [0, 1].
 
+    The method must be able to `sample`, see `train/method.py`.
+    """
+
+    @jax.jit
     def preview(params: Mapping[str, Params], record: Mapping[str, Any], vae_params: Params) -> Frames:
-        student = params[STUDENT]
         latents = record["latents"].astype(jnp.float32)
-        known = jnp.ones(latents.shape[0], jnp.int32)
-        cond = method.conditioner.condition(student.get("image_encoder"), record, None, known, image_tokens=True)
-        noise = flow.draw_noise(jax.random.key(seed), latents.shape)
-        made = samplers.sample(mmdit.velocity_fn(method.transformer, student["transformer"]), cond, noise, times)
+        made = method.sample(params, record, jax.random.key(seed), known=method.config.shown(latents.shape[1]))
         return jnp.concatenate([vae(vae_params, x, method="decode_latents") for x in (latents, made)], axis=3)
 
-    jitted = jax.jit(preview)
-    return lambda params, record: jitted(params, record, vae_params)
+    return lambda params, record: preview({**method.frozen, **params}, record, vae_params)

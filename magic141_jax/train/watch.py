@@ -22,6 +22,7 @@ that was ahead at first and is met half-way ends with equal losses, which is as 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
@@ -33,6 +34,8 @@ from jaxtyping import Array, Float
 
 from magic141_jax.errors import UserError
 from magic141_jax.pytree import Params
+from magic141_jax.train.conditioner import Record
+from magic141_jax.train.method import Method
 
 Clips = Float[Array, "n m f h w c"]
 Known = Float[Array, "n k h w c"]
@@ -52,7 +55,8 @@ class WatchConfig:
     Attributes:
       every: steps between looks; 0 never looks. Not below the cadence of any role, so that a look has all losses.
         Checkpoints are saved at multiples of it.
-      prompts, seeds: of the fixed samples; diversity needs two seeds.
+      prompts, seeds: of the fixed samples; diversity needs two seeds. A look draws all of them at once.
+      teacher_steps: of the guided Euler walk that the teacher's samples are drawn with, once at every start.
       warmup: looks up to this step judge nothing and make the start of losses and gradients. A student starts as an
         undistilled sampler of few steps, which hardly moves.
       motion_low, motion_high: of the teacher's motion.
@@ -71,6 +75,7 @@ class WatchConfig:
     every: int = 0
     prompts: int = 8
     seeds: int = 2
+    teacher_steps: int = 24
     warmup: int = 300
     motion_low: float = 0.5
     motion_high: float = 2.0
@@ -90,8 +95,9 @@ class WatchConfig:
             value = getattr(self, field.name)
             if not isinstance(value, str) and value < 0:
                 raise ValueError(f"{field.name} must not be negative, got {value}")
-        if min(self.prompts, self.seeds) < 1:
-            raise ValueError(f"prompts and seeds must be at least 1, got {self.prompts} and {self.seeds}")
+        for name in ("prompts", "seeds", "teacher_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if 0 < self.motion_high <= self.motion_low:
             raise ValueError(f"motion_high {self.motion_high} must be above motion_low {self.motion_low}")
 
@@ -164,6 +170,38 @@ class Watch:
                     "compared with it; choose other prompts (config.watch)"
                 )
         return cls(config, sample, known, reference)
+
+    @classmethod
+    def of(cls, config: WatchConfig, method: Method, record: Record, *, key: jax.Array) -> Watch:
+        """The watch of a method that can `sample` and has a `reference`, see `train/method.py`.
+
+        Args:
+          config: the lines.
+          method: whose student and teacher draw the samples, from the same noise at every look.
+          record: the fixed prompts, each `seeds` times in a row.
+          key: of the noise.
+
+        Raises:
+          UserError: the method has no teacher to compare with; see `create`.
+        """
+        if not (hasattr(method, "sample") and hasattr(method, "reference")):
+            raise UserError("the watch compares with a teacher, and this method has none: set config.watch.every to 0")
+        known = method.config.shown(record["latents"].shape[1])
+
+        def clips(draw: Callable[..., jax.Array], params: Mapping[str, Params], record: Record) -> Clips:
+            made = draw(params, record, key, known=known, keep=False)
+            return made.reshape(config.prompts, config.seeds, *made.shape[1:])
+
+        # Frozen parameters and records are arguments: constants of a program are copied to every device.
+        student = jax.jit(functools.partial(clips, method.sample))
+        teacher = jax.jit(functools.partial(clips, functools.partial(method.reference, steps=config.teacher_steps)))
+        frozen = dict(method.frozen)
+        return cls.create(
+            config,
+            lambda params: student({**frozen, **params}, record),
+            teacher=teacher(frozen, record),
+            known=record["latents"][:: config.seeds, :known],
+        )
 
     def look(self, params: Mapping[str, Params], means: Mapping[str, float], step: int, starts: Starts) -> Look:
         """Samples, measures and judges.

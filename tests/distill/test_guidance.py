@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from magic141_jax.distill.guidance import GuidanceConfig, GuidanceDistillation
@@ -41,3 +42,12 @@ def test_a_range_needs_an_embedding_and_gets_it(toys):
     assert method.sampling() == {"guidance_scale": 3.5}
     with pytest.raises(ValueError, match="scale must not fall"):
         GuidanceConfig(scale=(3.0, 1.0))
+
+
+def test_samples_are_looked_at_with_the_middle_of_the_scales(toys):
+    formulas = toys.Formulas({TEACHER: lambda p: teacher(2.0), STUDENT: student})
+    method = GuidanceDistillation(GuidanceConfig(scale=(1.0, 6.0)), formulas)
+    params, record, key = {TEACHER: {}, STUDENT: 2.0}, toys.record(), jax.random.key(0)
+    made = method.sample(params, record, key, known=0)
+    np.testing.assert_allclose(made, method.reference(params, record, key, known=0, steps=12), atol=1e-3)
+    assert method.guidance == 3.5 and method.walk.sampler == "euler"

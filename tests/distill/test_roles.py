@@ -1,16 +1,16 @@
-"""Roles start as the teacher, are trained apart, are merged for export, and their memory is what they hold."""
-
-import dataclasses
+"""Roles start as the teacher, are trained apart, are merged for export; a student is sampled by its own walk."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magic141_jax.distill.roles import FAKE, STUDENT, TEACHER, Backbone, RolesConfig, memory_table
+from magic141_jax.distill.consistency import Consistency, ConsistencyConfig
+from magic141_jax.distill.dmd import DMD, DMDConfig
+from magic141_jax.distill.roles import FAKE, STUDENT, TEACHER, Backbone, RolesConfig
+from magic141_jax.distill.rollout import WalkConfig
 from magic141_jax.errors import UserError
 from magic141_jax.models import mmdit
-from magic141_jax.pytree import flatten
 from magic141_jax.train.conditioner import ConditioningConfig
 
 CLEAN = ConditioningConfig(known_frames=(0.0, 1.0), history_noise_probability=0.0, caption_dropout=0.0)
@@ -95,17 +95,32 @@ def test_another_teacher_is_refused_by_name(toys):
         backbone(toys, toys.parts(width=32, heads=4))
 
 
-def test_the_memory_table_counts_what_is_held(toys):
-    made = backbone(toys, student="adapter", fake="adapter")
-    lines = memory_table(made, (STUDENT, FAKE)).splitlines()
-    assert [line.split()[:2] for line in lines[1:6]] == [
-        ["teacher", "frozen"],
-        ["student", "adapter"],
-        ["student", "(full)"],
-        ["fake", "adapter"],
-        ["fake", "(full)"],
-    ]
-    large = dataclasses.replace(made, network=made.network)
-    count = sum(x.size for x in flatten(large.network.abstract_params).values())
-    total = float(lines[-1].split(":")[1].split()[0])
-    assert total == pytest.approx(4 * count / 2**30, abs=0.01)
+def test_a_student_walks_as_its_teacher_until_it_is_trained(toys):
+    walk = WalkConfig(steps=3, sampler="euler")
+    method = Consistency.build(ConsistencyConfig(walk=walk, guidance=1.0, known_frames=(0.0, 1.0)), toys.parts())
+    params, record, key = method.init(jax.random.key(0)) | dict(method.frozen), toys.record(), jax.random.key(1)
+    sample, reference = (
+        jax.jit(f, static_argnames=("known", "steps", "keep")) for f in (method.sample, method.reference)
+    )
+    mine, other = sample(params, record, key, known=1), reference(params, record, key, known=1, steps=3)
+    np.testing.assert_allclose(mine, other, atol=1e-5)
+    np.testing.assert_array_equal(mine[:, 0], record["latents"][:, 0])
+    own = sample(params, record, key, known=1, keep=False)
+    assert np.abs(own[:, 0] - mine[:, 0]).max() > 1e-2
+    np.testing.assert_array_equal(own[:, 1:], mine[:, 1:])
+    moved = params | {STUDENT: jax.tree.map(lambda x: x + 0.05, params[STUDENT])}
+    assert np.abs(sample(moved, record, key, known=1) - mine).max() > 1e-2
+    np.testing.assert_array_equal(reference(moved, record, key, known=1, steps=3), other)
+
+
+def test_the_reference_is_guided_and_never_weak(toys):
+    def samples(**config):
+        method = DMD.build(DMDConfig(known_frames=(1.0,), **config), toys.parts())
+        params = method.init(jax.random.key(0)) | dict(method.frozen)
+        params[FAKE] = jax.tree.map(lambda x: x + 0.05, params[FAKE])
+        draw = jax.jit(method.reference, static_argnames=("known", "steps"))
+        return np.asarray(draw(params, toys.record(), jax.random.key(1), known=0, steps=2))
+
+    plain = samples(guidance=3.0)
+    assert np.abs(samples(guidance=1.0) - plain).max() > 1e-3
+    np.testing.assert_array_equal(samples(guidance=3.0, roles=RolesConfig(rank=4, weak=0.5)), plain)

@@ -80,3 +80,10 @@ def test_generation_is_the_whole_walk():
         "sampler": "euler",
         "guidance_scale": 1.0,
     }
+
+
+def test_a_walks_own_known_frames_may_be_asked_for():
+    config, cond, key = WalkConfig(steps=3, sampler="euler"), conditioning(known=1), jax.random.key(3)
+    kept, own = (rollout.generate(config, velocity, cond, SHAPE, key, keep=keep) for keep in (True, False))
+    assert (kept[:, 0] == 0).all() and (own[:, 0] != 0).all()
+    np.testing.assert_array_equal(kept[:, 1:], own[:, 1:])

@@ -74,3 +74,15 @@ def test_bad_probabilities_are_refused():
         ConditioningConfig(known_frames=(0.5, 0.6))
     with pytest.raises(ValueError, match="caption_dropout must be between"):
         ConditioningConfig(caption_dropout=2.0)
+
+
+def test_samples_are_shown_with_the_first_frame_if_one_is_ever_known():
+    shown = [conditioner(known_frames=p).config.shown(3) for p in ((1.0,), (1.0, 0.0), (0.5, 0.5), (0.0, 0.0, 1.0))]
+    assert shown == [0, 0, 1, 1] and conditioner(known_frames=(0.0, 1.0)).config.shown(1) == 0, "images know none"
+    made = conditioner(caption_dropout=1.0, history_noise_probability=1.0)
+    encoder = made.image_encoder.init(jax.random.key(0))
+    cond, given = made.clean(encoder, record(2, 3), 1), record(2, 3)
+    np.testing.assert_array_equal(cond.known[:, 0], given["latents"][:, 0])
+    np.testing.assert_array_equal(cond.text[:, cond.image_tokens :], given["text"])
+    assert cond.image_tokens > 0 and float(cond.mask.mean()) == pytest.approx(1 / 3)
+    assert made.clean(encoder, record(2, 3), 0).image_tokens == 0

@@ -100,3 +100,14 @@ def test_one_clip_is_learned():
         lambda a, b: np.abs(a - b).max(), before, jax.device_get(state.params)["student"]["image_encoder"]
     )
     assert max(jax.tree.leaves(moved)) > 0, "the image encoder is trained along"
+
+
+def test_samples_follow_the_flow_from_their_first_frame():
+    m = method("sample", known_frames=(0.0, 1.0))
+    params = m.init(jax.random.key(0))  # predicts x0 = 0: every walk ends there
+    draw = jax.jit(m.sample, static_argnames=("known", "keep"))
+    record = records(2, 3)
+    made, own = (np.asarray(draw(params, record, jax.random.key(1), known=1, keep=keep)) for keep in (True, False))
+    np.testing.assert_array_equal(made[:, 0], record["latents"][:, 0])
+    np.testing.assert_allclose(own, 0, atol=1e-5)
+    np.testing.assert_array_equal(made[:, 1:], own[:, 1:])

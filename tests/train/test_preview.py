@@ -1,12 +1,13 @@
 """Previews put the data on the left and what the weights make of it on the right."""
 
 import types
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
-from magic141_jax.diffusion.conditioning import Conditioning, known_latents
 from magic141_jax.train import preview
+from magic141_jax.train.conditioner import ConditioningConfig
 
 
 def test_a_perfect_autoencoder_shows_the_clip_twice():
@@ -20,26 +21,20 @@ def test_a_perfect_autoencoder_shows_the_clip_twice():
     np.testing.assert_allclose(shown, np.concatenate([clips, clips], axis=3) / 255, atol=1e-6)
 
 
-def test_samples_keep_their_first_latent_frame():
+def test_samples_of_the_method_are_shown_beside_the_data():
     class Method:
-        """A network that always predicts velocity 0, so that unknown frames stay noise."""
+        """Gives known frames as they are, and for the others the sum of a trained and a frozen number."""
 
-        config = types.SimpleNamespace(video_time=types.SimpleNamespace(shift=1.0))
+        config = ConditioningConfig(known_frames=(0.0, 1.0))
+        frozen: ClassVar = {"teacher": jnp.float32(2.0)}
 
         @staticmethod
-        def transformer(params, inputs, t, *args, **kwargs):
-            return jnp.zeros((*inputs.shape[:-1], 3))
+        def sample(params, record, key, *, known):
+            frame = jnp.arange(3)[None, :, None, None, None]
+            return jnp.where(frame < known, record["latents"], params["student"] + params["teacher"])
 
-    def condition(encoder, record, key, known, *, image_tokens):
-        assert key is None and image_tokens, "no caption is dropped"
-        held, mask = known_latents(record["latents"], known, 3)
-        return Conditioning(jnp.zeros((2, 1, 1)), jnp.ones((2, 1), bool), jnp.zeros((2, 1)), held, mask)
-
-    Method.conditioner = types.SimpleNamespace(condition=condition)
-    Method.transformer.config = types.SimpleNamespace(known="channels", hold_known=False, prediction="velocity")
-    latents = jnp.full((2, 3, 4, 4, 3), 7.0)
-    draw = preview.generation(Method(), lambda params, x, method: x, {}, seed=0)
-    shown = np.asarray(draw({"student": {"transformer": {}}}, {"latents": latents}))
+    draw = preview.generation(Method(), lambda params, x, method: params * x, jnp.float32(10.0), seed=0)
+    shown = np.asarray(draw({"student": jnp.float32(1.0)}, {"latents": jnp.full((2, 3, 4, 4, 3), 7.0)}))
     assert shown.shape == (2, 3, 4, 8, 3)
-    assert (shown[:, :, :, :4] == 7).all() and (shown[:, 0] == 7).all()
-    assert 0.7 < shown[:, 1:, :, 4:].std() < 1.3
+    assert (shown[:, :, :, :4] == 70).all() and (shown[:, 0] == 70).all()
+    assert (shown[:, 1:, :, 4:] == 30).all()

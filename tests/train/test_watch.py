@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from magic141_jax import settings
 from magic141_jax.errors import UserError
 from magic141_jax.train import loop, metrics, watch
+from magic141_jax.train.conditioner import ConditioningConfig
 from magic141_jax.train.watch import Watch, WatchConfig
 
 SHAPE = (3, 2, 5, 4, 4, 6)  # n prompts, m seeds, f frames, h, w, c
@@ -217,7 +219,7 @@ def test_teachers_that_can_not_be_compared_with_are_refused():
     ("values", "said"),
     [
         ({"every": -1}, "every must not be negative"),
-        ({"seeds": 0}, "prompts and seeds must be at least 1"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"motion_high": 0.4}, "motion_high 0.4 must be above motion_low 0.5"),
         ({"on_breach": "rolback"}, "rollback"),
     ],
@@ -314,3 +316,36 @@ def test_a_critic_that_learns_is_left_alone(toys, tmp_path):
 def test_a_critic_that_runs_away_is_caught(toys, tmp_path):
     with pytest.raises(UserError, match=r": loss/generator over loss/critic \S+ times its start is above 10;"):
         adversarial(toys, tmp_path, (1e-4, 0.2), penalty=0.0, warmup=20, loss_ratio=10.0)
+
+
+class Painter:
+    """A method whose samples are the prompt's number plus noise: times the student's parameter, or the teacher's."""
+
+    config = ConditioningConfig(known_frames=(0.0, 1.0))
+    frozen: ClassVar = {"teacher": jnp.float32(2.0)}
+
+    def sample(self, params, record, key, *, known, keep):
+        assert known == 1 and not keep, "the walk's own version of the known frame"
+        noise = jax.random.normal(key, record["latents"].shape)
+        return record["latents"] + params["student"] * params["teacher"] * noise
+
+    def reference(self, params, record, key, *, known, steps, keep):
+        return self.sample({**params, "student": jnp.float32(steps)}, record, key, known=known, keep=keep)
+
+
+def test_a_method_with_a_teacher_is_watched_on_fixed_prompts_and_noise():
+    config = WatchConfig(every=1, prompts=3, seeds=2, warmup=0, teacher_steps=5, colour_shift=0.0)
+    latents = np.arange(3, dtype=np.float32).repeat(2)[:, None, None, None, None] * np.ones((6, 3, 4, 4, 2), np.float32)
+    made = Watch.of(config, Painter(), {"latents": jnp.asarray(latents)}, key=jax.random.key(0))
+    assert made.known.shape == (3, 1, 4, 4, 2) and made.known[:, 0, 0, 0, 0].tolist() == [0, 1, 2]
+    found = made.look({"student": jnp.float32(5.0)}, {}, 1, {})
+    assert found.crossed == () and found.scalars["watch/diversity"] == pytest.approx(1)
+    assert found.scalars["watch/first_frame_error"] == pytest.approx(1), "from the same noise as the teacher's"
+    still = made.look({"student": jnp.float32(0.5)}, {}, 1, {})
+    assert still.scalars["watch/diversity"] == pytest.approx(0.1, rel=1e-4)
+    assert any(line.startswith("diversity 0.1 of the teacher's is below 0.5") for line in still.crossed)
+
+
+def test_a_method_without_a_teacher_is_not_watched():
+    with pytest.raises(UserError, match=r"this method has none: set config.watch.every to 0"):
+        Watch.of(WatchConfig(every=1), object(), {"latents": jnp.zeros((16, 3, 4, 4, 2))}, key=jax.random.key(0))
