@@ -49,7 +49,7 @@ from magic141_jax.train.watch import Watch, WatchConfig
 
 NETWORKS = ("mmdit", "image_encoder", "patch_vae", "feature_heads")
 RULES = (*lora.SHARDING_RULES, *(rule for name in NETWORKS for rule in SHARDING_RULES[name]))
-MAY_CHANGE = ("train.", "watch.", "mesh.", "data.threads", "sampling.", "components_from")
+MAY_CHANGE = ("train.", "watch.", "mesh.", "data.threads", "sampling.", "components_from", "borrow", "storage")
 STATISTICS_BATCHES = 16
 PREVIEW_CLIPS = 4
 
@@ -67,6 +67,8 @@ class ExperimentConfig:
       teacher: a weights folder: the frozen networks that a distillation starts from and is measured against.
       init_from: a weights folder whose components training starts from; empty starts fresh.
       components_from: a weights folder whose other components (VAE, text encoder) the export copies.
+      borrow: the export, written beside `components_from`, names it as its base in place of copying: it holds only
+        components that differ.
       sampling: the export's sampling settings; empty copies those of `components_from`.
       storage: how the export stores floats: float32, bfloat16 or int8.
       seed: of parameters, data order and every draw of a step.
@@ -85,6 +87,7 @@ class ExperimentConfig:
     teacher: str = ""
     init_from: str = ""
     components_from: str = ""
+    borrow: bool = False
     storage: weights.Storage = "float32"
     seed: int = 0
 
@@ -195,8 +198,9 @@ def _teacher(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> dict[str, tup
         raise UserError("this method distils a teacher: set --config.teacher to a weights folder")
     found = {}
     for name in ("transformer", "image_encoder"):
-        if (Path(config.teacher) / name).is_dir():
-            model = load_model(Path(config.teacher) / name, mesh=mesh)
+        part = weights.part(Path(config.teacher), name)
+        if part.is_dir():
+            model = load_model(part, mesh=mesh)
             found[name] = (model.network.config, model.params)
     if "transformer" not in found:
         raise UserError(f"{config.teacher} has no transformer (config.teacher)")
@@ -350,24 +354,35 @@ class Experiment:
         return restored[0]
 
     def export(self, state: TrainState, folder: Path) -> None:
-        """Writes the averaged weights as component folders, and completes them from `components_from`."""
-        folder = Path(folder)
+        """Writes the averaged weights as component folders, and completes them from `components_from`.
+
+        Raises:
+          UserError: the export is to borrow from a folder that is not beside it.
+        """
+        folder, borrow = Path(folder), self.config.borrow
+        base = Path(self.config.components_from) if self.config.components_from else None
+        if borrow and (base is None or base.resolve().parent != folder.resolve().parent):
+            raise UserError(f"config.borrow needs components_from, beside {folder}; it is {str(base or '')!r}")
+        folder.mkdir(parents=True, exist_ok=True)
         for name, (model, config, params) in self.method.components(state.averaged()).items():
             if name == VAE:
                 config = self._with_statistics(config, params)
+            if borrow and _holds(base / name, params):
+                continue
             fields = {"model": model, **settings.to_dict(config)}
             weights.save(folder / name, fields, jax.device_get(params), storage=self.config.storage)
-        base = Path(self.config.components_from) if self.config.components_from else None
-        if base is not None:
-            for name in ("vae", "text_encoder", "image_encoder", "transformer"):
-                if (base / name).is_dir() and not (folder / name).exists():
-                    shutil.copytree(base / name, folder / name)
-        given = dict(self.config.sampling)
-        if not given and base is not None and (base / "model_index.json").exists():
-            given = weights.read_json(base / "model_index.json")["sampling"]
-        if given:
+        index = {"base": base.name} if borrow else {}
+        if base is not None and not borrow:
+            for name in weights.COMPONENTS:
+                given = weights.part(base, name)
+                if given.is_dir() and not (folder / name).exists():
+                    shutil.copytree(given, folder / name)
+        sampling = dict(self.config.sampling)
+        if not sampling and base is not None and (base / "model_index.json").exists():
+            sampling = weights.read_json(base / "model_index.json")["sampling"]
+        if sampling:
             # a distilled student is sampled as it was trained to be
-            index = {"format": 1, "sampling": given | getattr(self.method, "sampling", dict)()}
+            index = {"format": 1, **index, "sampling": sampling | getattr(self.method, "sampling", dict)()}
             (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def _state(self, params: dict[str, Params]) -> TrainState:
@@ -489,6 +504,14 @@ def prepared(data: streams.DataConfig, workdir: Path) -> streams.DataConfig:
         arguments += ["--num_frames", str(data.num_frames), "--fps", str(data.fps)]
         data_cli.main(arguments + (["--weights", data.encoders] if data.encoders else []))
     return dataclasses.replace(data, path=str(target))
+
+
+def _holds(component: Path, params: Params) -> bool:
+    """Whether a component folder holds just these parameters."""
+    if not component.is_dir():
+        return False
+    held, own = flatten(weights.load(component)[1]), flatten(params)
+    return held.keys() == own.keys() and all(np.array_equal(held[name], own[name]) for name in own)
 
 
 def _fill(params: Params, values: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from magic141_jax import sharding
 from magic141_jax.errors import UserError
 from magic141_jax.experiment import RULES, Experiment, make_config
 from magic141_jax.models import mmdit
+from magic141_jax.pipelines.components import load_components
 from magic141_jax.pytree import flatten
 from magic141_jax.train import metrics
 
@@ -26,12 +27,7 @@ ROOT = Path(__file__).parents[1]
 ONE = jax.devices()[:1]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Compiles three times faster, to slower code."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def tiny(weights_folder, *, method, model=None, **rest):
@@ -97,6 +93,21 @@ def test_a_student_is_previewed_by_its_own_walk(whole):
     assert (whole[0] / "samples" / "samples-000004.gif").stat().st_size > 0
 
 
+def test_an_export_may_borrow_what_it_has_not_changed(whole, weights_folder, tmp_path):
+    base, student = tmp_path / "base", tmp_path / "student"
+    shutil.copytree(weights_folder, base)
+    config = dmd(weights_folder, borrow=True)
+    config.components_from = config.teacher = str(base)
+    experiment = Experiment.from_config(config, tmp_path / "run", devices=ONE)
+    experiment.export(whole[1], student)
+    assert sorted(path.name for path in student.iterdir()) == ["model_index.json", "transformer"]
+    made = load_components(student)
+    assert (made.sampling.num_inference_steps, made.sampling.guidance_scale) == (2, 1.0)
+    jax.tree.map(np.testing.assert_array_equal, made.vae.params, load_components(base).vae.params)
+    with pytest.raises(UserError, match=r"beside .*elsewhere"):
+        experiment.export(whole[1], tmp_path / "elsewhere" / "student")
+
+
 def test_a_teacher_lies_over_the_mesh_and_changes_no_number(whole, weights_folder, tmp_path):
     before = {id(x) for x in jax.live_arrays()}
     config = dmd(weights_folder, mesh={"data": 2, "fsdp": 4}, watch={"every": 2, "prompts": 4}, train={"steps": 2})
@@ -156,14 +167,14 @@ def test_static_output_is_caught(weights_folder, tmp_path):
 
 def test_the_method_of_the_docs_trains(weights_folder, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "distillation.md").read_text(), re.DOTALL)
-    for name, text in zip(("trajectory", "its_config"), blocks, strict=True):
+    for name, text in zip(("endpoint", "its_config"), blocks, strict=True):
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     spec = importlib.util.spec_from_file_location("its_config", tmp_path / "its_config.py")
     its_config = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(its_config)
     given = its_config.get_config()
-    assert given.method.name == "trajectory:Trajectory" and given.method.teacher_steps == 8
+    assert given.method.name == "endpoint:EndPoint" and given.method.teacher_steps == 8
     config = tiny(weights_folder, method=given.method.to_dict() | {"teacher_steps": 3}, train={"steps": 2})
     config.train.log_every, config.watch.every, config.watch.prompts, config.train.save_every = 1, 2, 2, 2
     experiment = Experiment.from_config(config, tmp_path / "run", devices=ONE)
@@ -173,4 +184,4 @@ def test_the_method_of_the_docs_trains(weights_folder, tmp_path, monkeypatch):
     assert [line["student/video_distance"] > 0 for line in lines] == [True, True]
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), start, result.state.params["student"])
     assert max(jax.tree.leaves(moved)) > 0
-    sys.modules.pop("trajectory")
+    sys.modules.pop("endpoint")
