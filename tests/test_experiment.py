@@ -6,14 +6,18 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from magic141_jax import weights
+from magic141_jax import settings, weights
+from magic141_jax.convert.export import export
 from magic141_jax.data import cache
 from magic141_jax.errors import UserError
 from magic141_jax.experiment import Experiment, make_config
+from magic141_jax.models import mmdit
+from magic141_jax.models.network import Network
 from magic141_jax.train import metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -179,3 +183,21 @@ def test_a_start_fitted_to_the_data_is_better(clips, tmp_path):
         errors.append(float(found["video/psnr"]))
     assert errors[1] > errors[0] + 3
     assert dataclasses.is_dataclass(experiment.config)
+
+
+def test_a_published_folder_may_be_the_teacher(tmp_path):
+    network = Network.create(mmdit.MMDiT, dataclasses.replace(mmdit.debug(), time_features=256))
+    stored, params = {"model": "mmdit", **settings.to_dict(network.config)}, network.init(jax.random.key(0))
+    weights.save(tmp_path / "ours", stored, jax.device_get(params))
+    export(tmp_path / "ours", tmp_path / "theirs" / "transformer")
+    config = make_config(
+        model=stored | {"compute_dtype": "bfloat16"},
+        method={"name": "dmd", "roles": {"student": "adapter", "teacher_dtype": "bfloat16", "rank": 2}},
+        data={"path": "random", "video_batch": 2, "height": 16, "width": 16, "num_frames": 5, "threads": 0},
+        mesh={"data": 1, "fsdp": -1},
+        teacher=str(tmp_path / "theirs"),
+    )
+    frozen = Experiment.from_config(config, tmp_path, devices=jax.devices()[:2]).method.frozen["teacher"]
+    kernels = [tree["double_blocks"]["video"]["qkv"]["kernel"] for tree in (params, frozen["transformer"])]
+    np.testing.assert_array_equal(kernels[0].astype(jnp.bfloat16), kernels[1])
+    assert kernels[1].addressable_shards[0].data.shape == (1, 16 // 2, 48)
