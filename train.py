@@ -14,13 +14,14 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from magic141_jax.errors import UserError, nearest, run_entry_point
+from magic141_jax import command_line
+from magic141_jax.errors import UserError, run_entry_point
 from magic141_jax.experiment import Experiment
 from magic141_jax.pipelines.components import enable_compilation_cache
 from magic141_jax.train.checkpoint import read_step
 from magic141_jax.train.state import TrainState
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; its keys are set by --config.a.b=value.")
+config_flags.DEFINE_config_file("config", None, "A file of configs/; its keys are set by --config.a.b=value.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, and weights at the end.")
 _EXPORT = flags.DEFINE_string("export", None, "Write the last checkpoint's averaged weights to this folder, and end.")
 _EXPORT_STEP = flags.DEFINE_integer("export_step", None, "With --export: the checkpoint of this step, not the last.")
@@ -54,49 +55,13 @@ def _state_to_export(experiment: Experiment) -> TrainState:
 
 
 def _parse(arguments: list[str]) -> ConfigDict:
-    """Parses the flags, and turns every complaint of the flag libraries into one line."""
-    try:
-        rest = flags.FLAGS(arguments)
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(_unknown_key(arguments)) from None
-    except flags.Error as error:
-        raise UserError(str(error)) from None
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}; flags look like --config.train.steps=100")
+    """The config, once the flags are found to be complete."""
+    config = command_line.parse(arguments)
     if _EXPORT_STEP.value is not None and not _EXPORT.value:
         raise UserError("--export_step says which checkpoint --export=FOLDER writes; give both")
-    if _CONFIG.value is None or not _WORKDIR.value:
+    if config is None or not _WORKDIR.value:
         raise UserError("--config and --workdir are needed: train.py --config=configs/debug.py --workdir=runs/debug")
-    return _readable(_CONFIG.value)
-
-
-def _readable(config: ConfigDict) -> ConfigDict:
-    """The config, if its file could be run: the flag library hands on a stand-in that raises when it is looked at."""
-    try:
-        config.to_dict()
-    except UserError:
-        raise
-    except Exception as error:  # whatever a config file may raise
-        raise UserError(f"can't read the --config file: {' '.join(str(error).split())[:300]}") from None
     return config
-
-
-def _unknown_key(arguments: list[str]) -> str:
-    """Names the first --config.a.b that the config file does not have."""
-    start = next(i for i, argument in enumerate(arguments) if argument.lstrip("-").partition("=")[0] == "config")
-    # The config flag looks for its overrides in sys.argv, so the file alone can be read only without them there.
-    sys.argv = arguments[:1] + arguments[start : start + 1 + ("=" not in arguments[start])]
-    flags.FLAGS(sys.argv)
-    config = _readable(_CONFIG.value)
-    for argument in arguments[1:]:
-        path = argument.lstrip("-").partition("=")[0].removeprefix("no").split(".")
-        node = config
-        for depth, key in enumerate(path[1:] if path[0] == "config" else []):
-            if not isinstance(node, ConfigDict) or key not in node:
-                known = list(node) if isinstance(node, ConfigDict) else []
-                return f"unknown key {'.'.join(path[: depth + 2])}.{nearest(key, known)}"
-            node = node[key]
-    return "a --config.key=value flag could not be read"
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from magic141_jax.distill.trajectory import Trajectory
 from magic141_jax.errors import UserError, nearest
 from magic141_jax.models import MODELS, SHARDING_RULES, lora, patch_vae, whitening
 from magic141_jax.models.network import Network
-from magic141_jax.pipelines.components import SamplingSettings, load_model
+from magic141_jax.pipelines.components import SamplingSettings, find_folder, load_model
 from magic141_jax.pytree import Params, flatten, require_match
 from magic141_jax.train import loop, optim, preview, streams
 from magic141_jax.train.autoencoding import VAE, Autoencoding
@@ -161,13 +161,15 @@ def _method_class(name: Any) -> Any:
     return found
 
 
-def _build_method(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Method:
+def _build_method(config: ExperimentConfig, mesh: jax.sharding.Mesh, *, abstract: bool = False) -> Method:
     settings_of_method = _method_config(config.method)
+    roles = getattr(settings_of_method, "roles", None)
+    teacher = functools.partial(_teacher, config, mesh, dtype=getattr(roles, "teacher_dtype", "float32"))
     parts = Parts(
         network=_network(config.model, "model"),
         model_name=config.model["model"],
         conditioner=functools.partial(_conditioner, config),
-        teacher=functools.partial(_teacher, config, mesh),
+        teacher=functools.partial(_teacher_shapes, config) if abstract else teacher,
         raw_records=functools.partial(_require_raw, config),
     )
     try:
@@ -189,22 +191,33 @@ def _require_raw(config: ExperimentConfig) -> None:
         streams.open_cache(config.data.path, "raw")
 
 
-def _teacher(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> dict[str, tuple[Any, Params]]:
+def _teacher(config: ExperimentConfig, mesh: jax.sharding.Mesh, *, dtype: str) -> dict[str, tuple[Any, Params]]:
     """The transformer and, if there is one, the image encoder of config.teacher: {name: (config, parameters)}.
 
-    They are laid over the mesh as they are read, so that a teacher which no device could hold alone may be used.
+    A published folder's tensors are read one by one onto the mesh, so the whole never has to fit one device or the
+    host. It has no image encoder beside: what its transformer sees of the image is part of the cached text states.
     """
     if not config.teacher:
         raise UserError("this method distils a teacher: set --config.teacher to a weights folder")
+    folder = find_folder(config.teacher)
     found = {}
     for name in ("transformer", "image_encoder"):
-        part = weights.part(Path(config.teacher), name)
+        part = weights.part(folder, name)
         if part.is_dir():
-            model = load_model(part, mesh=mesh)
+            overrides = {"compute_dtype": dtype} if name == "transformer" else {}
+            model = load_model(part, overrides=overrides, mesh=mesh)
             found[name] = (model.network.config, model.params)
     if "transformer" not in found:
         raise UserError(f"{config.teacher} has no transformer (config.teacher)")
     return found
+
+
+def _teacher_shapes(config: ExperimentConfig) -> dict[str, tuple[Any, Params]]:
+    """A teacher such as the experiment wants, its parameters as shape structs: nothing is read."""
+    networks = {"transformer": _network(config.model, "model")}
+    if config.image_encoder:
+        networks["image_encoder"] = _network(config.image_encoder, "image_encoder")
+    return {name: (network.config, network.abstract_params) for name, network in networks.items()}
 
 
 def _fit_vae(params: dict[str, Params], record: Mapping[str, jax.Array]) -> dict[str, Params]:
@@ -246,6 +259,7 @@ class Experiment:
         workdir: Path,
         *,
         devices: Sequence[jax.Device] | None = None,
+        abstract: bool = False,
     ) -> Experiment:
         """Builds and checks everything; a folder of clips is prepared here, into `workdir`/data.
 
@@ -253,6 +267,7 @@ class Experiment:
           values: the config, see `make_config`.
           workdir: the run's folder; nothing is written before `train`, but for prepared clips.
           devices: of the mesh; all of them unless said.
+          abstract: the teacher is not read and only its shapes are known: enough to compile, not to train.
 
         Raises:
           UserError: a bad key, type, size or path.
@@ -266,7 +281,7 @@ class Experiment:
                 sharding.batch_size_per_process(size, mesh)
         if config.sampling:
             settings.build(SamplingSettings, config.sampling, where="config.sampling")
-        method = _build_method(config, mesh)
+        method = _build_method(config, mesh, abstract=abstract)
         optimizers = {}
         for role in method.roles:
             own = {**settings.to_dict(config.optimizer), **config.role_optimizers.get(role, {})}

@@ -45,8 +45,14 @@ def count(tree: Any) -> int:
 
 
 def cast(tree: Any, dtype: Any) -> Any:
-    """Casts every floating-point leaf to `dtype`; integers and booleans stay."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    """Casts every floating-point leaf, an array or a shape struct, to `dtype`; integers and booleans stay."""
+
+    def one(leaf: Any) -> Any:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return leaf.update(dtype=dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)
+
+    return jax.tree.map(one, tree)
 
 
 def differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:

@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from magic141_jax import sharding, weights
+from magic141_jax import settings, sharding, weights
+from magic141_jax.convert.export import export
 from magic141_jax.data import cache
 from magic141_jax.errors import UserError
 from magic141_jax.experiment import RULES, Experiment, make_config
+from magic141_jax.models import mmdit
 from magic141_jax.models.discriminator import SHARDING_RULES as HEAD_RULES
 from magic141_jax.models.discriminator import FeatureHeads, FeatureHeadsConfig
 from magic141_jax.models.network import Network
@@ -198,3 +201,21 @@ def test_only_a_method_with_a_teacher_is_watched(tmp_path):
     with pytest.raises(UserError, match=r"this method has none: set config.watch.every to 0"):
         Experiment.from_config(config, tmp_path / "run", devices=jax.devices()[:1]).train(progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_published_folder_may_be_the_teacher(tmp_path):
+    network = Network.create(mmdit.MMDiT, dataclasses.replace(mmdit.debug(), time_features=256))
+    stored, params = {"model": "mmdit", **settings.to_dict(network.config)}, network.init(jax.random.key(0))
+    weights.save(tmp_path / "ours", stored, jax.device_get(params))
+    export(tmp_path / "ours", tmp_path / "theirs" / "transformer")
+    config = make_config(
+        model=stored | {"compute_dtype": "bfloat16"},
+        method={"name": "dmd", "roles": {"student": "adapter", "teacher_dtype": "bfloat16", "rank": 2}},
+        data={"path": "random", "video_batch": 2, "height": 16, "width": 16, "num_frames": 5, "threads": 0},
+        mesh={"data": 1, "fsdp": -1},
+        teacher=str(tmp_path / "theirs"),
+    )
+    frozen = Experiment.from_config(config, tmp_path, devices=jax.devices()[:2]).method.frozen["teacher"]
+    kernels = [tree["double_blocks"]["video"]["qkv"]["kernel"] for tree in (params, frozen["transformer"])]
+    np.testing.assert_array_equal(kernels[0].astype(jnp.bfloat16), kernels[1])
+    assert kernels[1].addressable_shards[0].data.shape == (1, 16 // 2, 48)

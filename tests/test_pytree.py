@@ -33,6 +33,8 @@ def test_cast_leaves_integers_alone():
     types = {path: leaf.dtype for path, leaf in pytree.flatten(pytree.cast(TREE, jnp.bfloat16)).items()}
     assert types["a"] == TREE["a"].dtype
     assert all(types[path] == jnp.bfloat16 for path in ("b.bias", "b.kernel", "c.d.e"))
+    shapes = jax.eval_shape(lambda: TREE)
+    assert pytree.cast(shapes, jnp.bfloat16) == jax.eval_shape(lambda: pytree.cast(TREE, jnp.bfloat16))
 
 
 def test_differences_name_missing_unexpected_and_misshapen_leaves():

@@ -13,13 +13,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NAME = "magic141_jax"
 RANKS = {
-    **dict.fromkeys(["errors", "settings", "shapes", "pytree"], 0),
+    **dict.fromkeys(["errors", "settings", "shapes", "pytree", "command_line"], 0),
     **dict.fromkeys(["weights", "sharding", "diffusion", "data"], 1),
     "models": 2,
     **dict.fromkeys(["train", "convert", "sparsity", "quantize"], 3),
     **dict.fromkeys(["distill", "pipelines"], 4),
     "evaluation": 5,
-    **dict.fromkeys(["experiment", "__main__", "__init__"], 6),
+    "experiment": 6,
+    **dict.fromkeys(["aot", "__main__", "__init__"], 7),
 }
 NEVER_IMPORTED = {"torch", "torchvision", "diffusers", "configs", "tests"}
 UNTESTED = {"__init__", "__main__", "shapes"}

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from magic141_jax import sharding
 from magic141_jax.errors import UserError
-from magic141_jax.pytree import Params
+from magic141_jax.pytree import Params, cast
 
 
 def layout(abstract_params: Params, mesh: Mesh | None, rules: sharding.Rules = ()) -> Any:
@@ -30,7 +30,7 @@ def layout(abstract_params: Params, mesh: Mesh | None, rules: sharding.Rules = (
 
 def memory_needed(abstract_params: Params, dtype: Any, mesh: Mesh | None = None, *, rules: sharding.Rules = ()) -> int:
     """Bytes of the parameters on each device, floating ones in `dtype`."""
-    return sharding.bytes_per_device(_as_dtype(abstract_params, dtype), layout(abstract_params, mesh, rules))
+    return sharding.bytes_per_device(cast(abstract_params, dtype), layout(abstract_params, mesh, rules))
 
 
 def memory_free(device: jax.Device) -> int | None:
@@ -98,16 +98,6 @@ def _remedy(needed: int, free: int, platform: str, abstract_params: Params, **pl
             if smaller == needed:
                 break
     return f"it would fit with {', or '.join(ways)}" if ways else "a machine with more memory is needed"
-
-
-def _as_dtype(tree: Any, dtype: Any) -> Any:
-    """Shape structs with the floating leaves in `dtype`."""
-
-    def cast(leaf: Any) -> jax.ShapeDtypeStruct:
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype if floating else leaf.dtype)
-
-    return jax.tree.map(cast, tree)
 
 
 def _host_memory() -> int | None:

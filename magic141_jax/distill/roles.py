@@ -115,7 +115,7 @@ class Backbone:
         """A trained role at its start: the teacher itself."""
         if self.layout(role) == "adapter":
             return {"adapter": lora.fresh(self.adapted, key)}
-        own = cast(jax.tree.map(jnp.copy, self.frozen["transformer"]), jnp.float32)
+        own = jax.tree.map(_own_copy, self.frozen["transformer"])
         if self.network.config.guidance_embedding and "guidance_in" not in own:
             embedder = self.network.init(key)["guidance_in"]
             # it adds nothing at first
@@ -176,6 +176,13 @@ class Backbone:
         if encoder is not None:
             made["image_encoder"] = ("image_encoder", encoder.config, self.frozen["image_encoder"])
         return made
+
+
+def _own_copy(leaf: Any) -> jax.Array:
+    """A float32 copy; where the teacher is known by its shapes alone, zeros, which are only ever traced."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jnp.zeros(leaf.shape, jnp.float32)
+    return jnp.array(leaf, jnp.float32)
 
 
 def _run_like(config: Any, other: Any) -> Any:

@@ -108,11 +108,12 @@ def section(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def update_card(text: str, body: str) -> str:
+def update_card(text: str, body: str, *, markers: tuple[str, str] = (BEGIN, END)) -> str:
     """Puts `body` between the markers of a card; raises `UserError` if they are missing or out of order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UserError(f"the card needs one line {BEGIN} and after it one line {END}: the table goes between them")
-    return text[: text.index(BEGIN) + len(BEGIN)] + f"\n{body}\n" + text[text.index(END) :]
+    begin, end = markers
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UserError(f"the card needs one line {begin} and after it one line {end}: the table goes between them")
+    return text[: text.index(begin) + len(begin)] + f"\n{body}\n" + text[text.index(end) :]
 
 
 def contact_sheet(clips: np.ndarray, captions: tuple[str, ...]) -> Image.Image:

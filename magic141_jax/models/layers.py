@@ -205,7 +205,9 @@ def _attention_chunked(q: Array, k: Array, v: Array, mask: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, count * size - i), *((0, 0),) * (x.ndim - 2)))
         return x.reshape(b, count, size, *x.shape[2:]).swapaxes(0, 1)
 
-    out = jax.lax.map(lambda part: _attention_xla(part[0], k, v, part[1]), (chunks(q), chunks(mask)))
+    # The backward pass makes a group's scores anew: those of all groups at once are what there is no room for.
+    one = jax.checkpoint(lambda part: _attention_xla(part[0], k, v, part[1]), prevent_cse=False)
+    out = jax.lax.map(one, (chunks(q), chunks(mask)))
     return out.swapaxes(0, 1).reshape(b, count * size, *out.shape[3:])[:, :i]
 
 

@@ -36,17 +36,24 @@ def make_step(
     the method's own, `loss/<role>`, `grad_norm/<role>`, `learning_rate/<role>` and `finite`. `layout` holds the
     shardings that the state keeps from step to step; without it the compiler chooses.
     """
-    jitted = jax.jit(
-        functools.partial(_step, method, optimizers, accumulate=accumulate),
-        static_argnames="active",
-        donate_argnums=0,
-        out_shardings=None if layout is None else (layout, None),
-    )
+    jitted = jit_step(method, optimizers, accumulate=accumulate, layout=layout)
 
     def step(state: TrainState, batch: Batch, number: int) -> tuple[TrainState, Metrics]:
         return jitted(state, batch, dict(method.frozen), active=active_roles(method, number))
 
     return step
+
+
+def jit_step(
+    method: Method, optimizers: Mapping[str, Optimizer], *, accumulate: int = 1, layout: TrainState | None = None
+) -> Any:
+    """The jitted program behind a step, (state, batch, frozen, *, active), to be called or to be lowered."""
+    return jax.jit(
+        functools.partial(_step, method, optimizers, accumulate=accumulate),
+        static_argnames="active",
+        donate_argnums=0,
+        out_shardings=None if layout is None else (layout, None),
+    )
 
 
 def _step(

@@ -37,6 +37,7 @@ class DataConfig:
       image_batch, video_batch: samples a step over all devices; 0 leaves the part out.
       height, width, num_frames, fps: the size of clips that are composed, drawn or prepared here. Prepared ones have
         their own.
+      text_length: tokens of random records.
       encoders: the weights folder whose VAE and text encoder prepare latents; empty prepares raw frames.
       threads: readers ahead of training; 0 reads when asked.
     """
@@ -49,6 +50,7 @@ class DataConfig:
     width: int = 64
     num_frames: int = 17
     fps: float = 8.0
+    text_length: int = 16
     encoders: str = ""
     threads: int = 4
 
@@ -59,12 +61,11 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RecordShape:
-    """Sizes of the random latent records: channels, text width and length, pooled width."""
+    """Sizes of the random latent records that a network decides: channels, text width, pooled width."""
 
     channels: int = 16
     text_width: int = 384
     pooled_width: int = 384
-    text_length: int = 16
 
 
 class RandomRecords:
@@ -82,8 +83,8 @@ class RandomRecords:
         size = (self._frames, config.height // 8, config.width // 8, shape.channels)
         return {
             "latents": rng.standard_normal(size, np.float32).astype(np.float16),
-            "text": rng.standard_normal((shape.text_length, shape.text_width), np.float32).astype(np.float16),
-            "text_mask": np.arange(shape.text_length) < rng.integers(1, shape.text_length + 1),
+            "text": rng.standard_normal((config.text_length, shape.text_width), np.float32).astype(np.float16),
+            "text_mask": np.arange(config.text_length) < rng.integers(1, config.text_length + 1),
             "pooled": rng.standard_normal(shape.pooled_width, np.float32).astype(np.float16),
             "anchor": rng.integers(0, 256, (config.height, config.width, 3), np.uint8),
         }
@@ -118,7 +119,7 @@ def make_batches(config: DataConfig, *, seed: int, shape: RecordShape | None = N
 def null_text(config: DataConfig, shape: RecordShape) -> dict[str, np.ndarray]:
     """The text states of the empty caption: text (s, e), text_mask (s,), pooled (p,)."""
     if config.path == RANDOM:
-        length = shape.text_length
+        length = config.text_length
         states = np.zeros((length, shape.text_width), np.float32)
         return {"text": states, "text_mask": np.arange(length) < 1, "pooled": np.zeros(shape.pooled_width, np.float32)}
     return open_cache(config.path, "latent").null_text()

@@ -78,14 +78,20 @@ def test_each_query_sees_what_its_own_mask_says_and_heads_in_a_row_share_keys(ba
         np.testing.assert_allclose(got[b, i, 8 * n : 8 * n + 8], scores / scores.sum() @ v[b, seen, n // 2], atol=1e-5)
 
 
-def test_chunks_bound_the_memory_of_attention():
+def gradients(attention):
+    """The backward pass of an attention."""
+    return jax.grad(lambda q, k, v, mask: attention(q, k, v, mask).sum(), (0, 1, 2))
+
+
+@pytest.mark.parametrize("program", [lambda attention: attention, gradients], ids=["forward", "backward"])
+def test_chunks_bound_the_memory_of_attention(program):
     q = jax.ShapeDtypeStruct((1, 4096, 8, 16), jnp.float32)
     mask = jax.ShapeDtypeStruct((1, 1, 4096), jnp.bool_)
 
     def temporary(backend, scores):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layers, "MAX_SCORES", scores)
-            compiled = jax.jit(layers.ATTENTION[backend]).lower(q, q, q, mask).compile()
+            compiled = jax.jit(program(layers.ATTENTION[backend])).lower(q, q, q, mask).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     whole = 8 * 4096**2 * 4

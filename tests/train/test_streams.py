@@ -8,7 +8,7 @@ from magic141_jax.errors import UserError
 from magic141_jax.train import streams
 from magic141_jax.train.streams import DataConfig, RecordShape
 
-SHAPE = RecordShape(channels=4, text_width=6, pooled_width=5, text_length=3)
+SHAPE = RecordShape(channels=4, text_width=6, pooled_width=5)
 
 
 def record(number, frames):
@@ -32,7 +32,8 @@ def videos(tmp_path):
 
 
 def test_random_records_have_the_shapes_of_prepared_ones():
-    config = DataConfig(path="random", image_batch=2, video_batch=3, height=16, width=24, num_frames=9, threads=0)
+    sizes = {"height": 16, "width": 24, "num_frames": 9, "text_length": 3}
+    config = DataConfig(path="random", image_batch=2, video_batch=3, threads=0, **sizes)
     batch = next(streams.make_batches(config, seed=0, shape=SHAPE))
     assert batch["image"]["latents"].shape == (2, 1, 2, 3, 4)
     assert batch["video"]["latents"].shape == (3, 3, 2, 3, 4)
