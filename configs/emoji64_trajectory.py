@@ -5,7 +5,7 @@ that motion and diversity stay; configs/emoji64_distil.py starts from here.
 Data: as for configs/emoji64.py.
 Command: python train.py --config=configs/emoji64_trajectory.py --workdir=runs/trajectory
 Hardware: two CPU cores, 5 s a step, half an hour.
-Expected: velocity errors (means over ten steps) of images .10 -> .06, of videos .06 -> .03; the card in
+Expected: velocity errors (means over ten steps) of images .10 -> .04, of videos .06 -> .02; the card in
   weights/emoji64_4step and docs/experiments.md have the student against its teacher.
 """
 
