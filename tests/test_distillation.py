@@ -76,6 +76,7 @@ class Interrupted:
         return getattr(self._batches, name)
 
 
+@pytest.mark.heavy
 def test_a_run_stopped_at_an_odd_step_ends_as_one_that_ran_through(whole, weights_folder, tmp_path, monkeypatch):
     experiment = Experiment.from_config(dmd(weights_folder), tmp_path, devices=ONE)
     with monkeypatch.context() as patch:
@@ -89,6 +90,7 @@ def test_a_run_stopped_at_an_odd_step_ends_as_one_that_ran_through(whole, weight
     assert list(flatten(state.params["fake"])) != list(flatten(state.params["student"]))
 
 
+@pytest.mark.heavy
 def test_a_student_is_previewed_by_its_own_walk(whole):
     assert (whole[0] / "samples" / "samples-000004.gif").stat().st_size > 0
 
@@ -108,6 +110,7 @@ def test_an_export_may_borrow_what_it_has_not_changed(whole, weights_folder, tmp
         experiment.export(whole[1], tmp_path / "elsewhere" / "student")
 
 
+@pytest.mark.heavy
 def test_a_teacher_lies_over_the_mesh_and_changes_no_number(whole, weights_folder, tmp_path):
     before = {id(x) for x in jax.live_arrays()}
     config = dmd(weights_folder, mesh={"data": 2, "fsdp": 4}, watch={"every": 2, "prompts": 4}, train={"steps": 2})
