@@ -5,8 +5,10 @@ that motion and diversity stay; configs/emoji64_distil.py starts from here.
 Data: as for configs/emoji64.py.
 Command: python train.py --config=configs/emoji64_trajectory.py --workdir=runs/trajectory
 Hardware: two CPU cores, 5 s a step, half an hour.
-Expected: velocity errors (means over ten steps) of images .10 -> .04, of videos .06 -> .02; the card in
-  weights/emoji64_4step and docs/experiments.md have the student against its teacher.
+Expected: velocity errors (means over ten steps) of images .10 -> .04, of videos .06 -> .02. On held-out triples (16
+  captions, seeds 0 and 1), the student against the teacher at 50 guided steps: identity of the image .81 (.88), of the
+  last frame of T2V .47 (.44) and of I2V .63 (.50), motion 98 - 102 %, diversity 90 - 130 %, 21 times less DiT time. The
+  teacher's eight steps are better than its fifty (T2V .72): two substeps, half the cost, remain to be tried.
 """
 
 from configs.emoji64_distil import student

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from magic141_jax import weights
 from magic141_jax.data.emoji import COLOURS, MOTIONS, Scene
 from magic141_jax.evaluation import metrics, scorers
 from magic141_jax.evaluation.templates import Placement
@@ -44,9 +45,7 @@ def test_no_silhouette_passes(search, scenes, frames):
 
 
 def test_round_trips_through_the_default_vae_pass(search, scenes, render):
-    if not (DEFAULT_FOLDER / "vae" / "model.safetensors").is_file():
-        pytest.skip("no embedded weights in this checkout")
-    vae = load_model(DEFAULT_FOLDER / "vae")
+    vae = load_model(weights.part(DEFAULT_FOLDER, "vae"))
     clips = np.stack([render(s, 5) for s in scenes])
     latents = vae.network(vae.params, clips, method="encode_latents")
     decoded = np.asarray(vae.network(vae.params, latents, method="decode_latents"))
