@@ -103,6 +103,8 @@ def test_a_killed_run_ends_with_the_same_losses(config, teacher, tmp_path):
     weights = [(tmp_path / run / "weights/transformer/model.safetensors").read_bytes() for run in ("whole", "killed")]
     assert weights[0] == weights[1]
 
+    if config == "debug_dmd":  # whose student rests at every second step, and may be the same at both checkpoints
+        return
     earlier, last = sorted(int(path.name) for path in (tmp_path / "whole" / "checkpoints").glob("[0-9]*"))
     target = tmp_path / "earlier"
     code, output, errors = finish(debug(tmp_path / "whole", steps, f"--export={target}", f"--export_step={earlier}"))
