@@ -25,7 +25,7 @@ from ml_collections import ConfigDict, config_flags
 from magic141_jax import command_line
 from magic141_jax.aot import program, report, topology
 from magic141_jax.errors import UserError, run_entry_point
-from magic141_jax.evaluation.report import update_card
+from magic141_jax.evaluation.report import require_folders, update_card, write
 
 
 def _flags() -> flags.FlagValues:
@@ -51,13 +51,12 @@ def main() -> None:
     if config is None or not values.topology:
         raise UserError("--config and --topology are needed, such as --config=configs/debug.py --topology=v5p:2x2x2")
     target = Path(values.json) if values.json else None
-    if target and not target.absolute().parent.is_dir():
-        raise UserError(f"no folder {target.parent} to write {target.name} into")
+    require_folders(target)
     jax.config.update("jax_platforms", "cpu")
     results = measure(config, topology.make(values.topology), name=Path(values["config"].config_filename).stem)
     results["command"] = f"python -m magic141_jax.aot {shlex.join(_without(sys.argv[1:], 'json'))}"
     if target:
-        target.write_text(json.dumps(results, indent=2) + "\n")
+        write(target, json.dumps(results, indent=2) + "\n")
     print(report.summary(results))
 
 
@@ -85,7 +84,7 @@ def _write_table(folder: Path, page: str | None) -> None:
             text = Path(page).read_text()
         except OSError as error:
             raise UserError(f"can't read the page {page}: {error.strerror}") from None
-        Path(page).write_text(update_card(text, f"\n{body}\n", markers=report.MARKERS))
+        write(Path(page), update_card(text, f"\n{body}\n", markers=report.MARKERS))
 
 
 def _without(arguments: list[str], flag: str) -> list[str]:

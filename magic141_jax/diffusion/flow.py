@@ -24,7 +24,7 @@ Samples = Float[Array, "b ..."]
 
 def interpolate(x0: Samples, noise: Samples, t: Times) -> Samples:
     """The point x_t at time t on the way from data (t = 0) to noise (t = 1)."""
-    t = _align(t, x0)
+    t = align(t, x0)
     return (1 - t) * x0 + t * noise
 
 
@@ -35,12 +35,12 @@ def velocity_target(x0: Samples, noise: Samples) -> Samples:
 
 def sample_from_velocity(x: Samples, t: Times, v: Samples) -> Samples:
     """The estimate of the data x0 that a velocity at (x, t) implies."""
-    return x - _align(t, x) * v
+    return x - align(t, x) * v
 
 
 def noise_from_velocity(x: Samples, t: Times, v: Samples) -> Samples:
     """The estimate of the noise eps that a velocity at (x, t) implies."""
-    return x + (1 - _align(t, x)) * v
+    return x + (1 - align(t, x)) * v
 
 
 def velocity_from_sample(x: Samples, t: Times, x0: Samples, *, minimum_time: float = 0.05) -> Samples:
@@ -49,7 +49,7 @@ def velocity_from_sample(x: Samples, t: Times, x0: Samples, *, minimum_time: flo
     The floor bounds the division for networks that predict x0; below it the conversion is no longer the exact
     inverse of `sample_from_velocity`.
     """
-    return (x - x0) / jnp.maximum(_align(t, x), minimum_time)
+    return (x - x0) / jnp.maximum(align(t, x), minimum_time)
 
 
 def draw_noise(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Samples:
@@ -67,7 +67,7 @@ def draw_noise(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.fl
     return jax.vmap(lambda k: jax.random.normal(k, shape[1:], dtype))(keys)
 
 
-def _align(t: Times, x: Samples) -> jax.Array:
-    """Times with trailing axes of size one, so that they broadcast over `x` without rank promotion."""
+def align(t: Times, x: Samples) -> jax.Array:
+    """Times, or other values one a sample, with trailing axes of size one, to broadcast over `x` without promotion."""
     t = jnp.asarray(t)
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))

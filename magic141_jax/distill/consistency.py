@@ -67,7 +67,7 @@ class Consistency(Distillation):
         t, t_next = grid[index], grid[index + 1]
         x = flow.interpolate(data, flow.draw_noise(noise_key, data.shape), t)
         teacher = guided(backbone.velocity(params, TEACHER), backbone.conditioner.negative(cond), config.guidance)
-        ahead = x + (t_next - t)[:, None, None, None, None] * teacher(x, t, cond).astype(jnp.float32)
+        ahead = x + flow.align(t_next - t, x) * teacher(x, t, cond).astype(jnp.float32)
         target = rollout.finish(backbone.velocity(params, STUDENT), cond, data, ahead, t_next)
         made = rollout.finish(backbone.velocity(params, STUDENT, trained=True), cond, data, x, t)
         distance = jnp.sqrt((made - jax.lax.stop_gradient(target)) ** 2 + config.huber**2) - config.huber

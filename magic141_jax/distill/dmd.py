@@ -156,7 +156,7 @@ class DMD(Distillation):
         time_key, noise_key, force_key, own_time_key, own_noise_key = jax.random.split(key, 5)
         s, noise = self._score_times(time_key, x.shape[:1]), flow.draw_noise(noise_key, x.shape)
         forced = jax.random.bernoulli(force_key, config.data_forcing, x.shape[:1])
-        seen = jnp.where(forced[:, None, None, None, None], data, x) if config.data_forcing else x
+        seen = jnp.where(flow.align(forced, x), data, x) if config.data_forcing else x
         fake = self._sample_of(self.backbone.velocity(params, FAKE), x, noise, s, cond)
         if config.guidance == 1 or config.own_guidance_time:
             real = self._sample_of(self.backbone.velocity(params, TEACHER), seen, noise, s, cond)
@@ -169,7 +169,7 @@ class DMD(Distillation):
             push = real - negative
         push = (config.guidance - 1) * push
         unknown = 1 - cond.mask
-        scale = weighted_mean(jnp.abs(x - real - push), unknown)[:, None, None, None, None] + NORMALISER_FLOOR
+        scale = flow.align(weighted_mean(jnp.abs(x - real - push), unknown), x) + NORMALISER_FLOOR
         sizes = {"matching": fake - real, "guidance": push}
         metrics = {name: jnp.sqrt(jnp.mean(weighted_mean(part**2, unknown))) for name, part in sizes.items()}
         g = jnp.nan_to_num((fake - real - push) / scale)

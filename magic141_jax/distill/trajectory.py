@@ -23,7 +23,6 @@ from magic141_jax.diffusion.guidance import guided
 from magic141_jax.distill.roles import STUDENT, TEACHER, Distillation, DistillationConfig
 from magic141_jax.distill.rollout import WalkConfig
 from magic141_jax.pytree import Params
-from magic141_jax.shapes import Times
 from magic141_jax.train.conditioner import Record, weighted_mean
 
 
@@ -69,14 +68,10 @@ class Trajectory(Distillation):
 
         def step(j: jax.Array, y: jax.Array) -> jax.Array:
             t, t_next = fine[first + j], fine[first + j + 1]
-            return y + _spread(t_next - t) * teacher(y, t, cond).astype(jnp.float32)
+            return y + flow.align(t_next - t, y) * teacher(y, t, cond).astype(jnp.float32)
 
         y = jax.lax.fori_loop(0, config.substeps, step, x)
-        target = (y - x) / _spread(fine[first + config.substeps] - fine[first])
+        target = (y - x) / flow.align(fine[first + config.substeps] - fine[first], x)
         made = backbone.velocity(params, STUDENT, trained=True)(x, fine[first], cond).astype(jnp.float32)
         loss = jnp.mean(weighted_mean((made - jax.lax.stop_gradient(target)) ** 2, 1 - cond.mask))
         return {STUDENT: loss}, {(STUDENT, "error"): loss}
-
-
-def _spread(t: Times) -> jax.Array:
-    return t[:, None, None, None, None]

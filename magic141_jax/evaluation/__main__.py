@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[argv[0]](argv[1:])
     args = parse(argv)
     card = None if args.card is None else _read_card(args.card)
-    _check_outputs(args.output, args.sheet)
+    report.require_folders(args.output, args.sheet)
     start = time.perf_counter()
     given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
     options = {k: v for k, v in given.items() if v is not None}
@@ -150,7 +150,7 @@ def parse_compare(argv: Sequence[str]) -> tuple[argparse.Namespace, tuple[compar
 def main_compare(argv: Sequence[str]) -> int:
     """Runs `compare`; raises `UserError` for what the user can mend."""
     args, rows, plan = parse_compare(argv)
-    _check_outputs(args.output)
+    report.require_folders(args.output)
     before = record.read(args.output) if args.output and args.output.exists() else None
     pack, loaded = EmojiPack(args.pack), compare.load_rows(rows)
     settings = {**dataclasses.asdict(plan), "pack": weights.digest(args.pack)}
@@ -202,12 +202,6 @@ def _teller(bar: tqdm) -> protocol.Progress:
         bar.update()
 
     return progress
-
-
-def _check_outputs(*paths: Path | None) -> None:
-    for path in filter(None, paths):
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"no folder {path.parent} to write {path.name} into")
 
 
 def _read_card(path: Path) -> str:

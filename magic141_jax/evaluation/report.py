@@ -145,6 +145,13 @@ def to_json(results: Mapping[str, Any]) -> str:
     return json.dumps(clean(results), indent=2) + "\n"
 
 
+def require_folders(*paths: Path | None) -> None:
+    """Raises `UserError` unless the folders of the files that are to be written are there; None asks for no file."""
+    for path in filter(None, paths):
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"no folder {path.parent} to write {path.name} into")
+
+
 def write(path: Path, content: str | Image.Image) -> None:
     """Writes text or a picture to a temporary name and renames it; raises `UserError` where that can't be done."""
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
