@@ -16,9 +16,10 @@ Axes are `AxisType.Auto`: the compiler chooses the shardings in between, and num
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -154,6 +155,37 @@ def spread(tree: Any, mesh: Mesh) -> Any:
         return jax.device_put(leaf, batch_sharding(mesh) if splits else replicated(mesh))
 
     return jax.tree.map(put, tree)
+
+
+def keep_split(x: jax.Array) -> jax.Array:
+    """Holds an activation's leading axis, the batch, split over data x fsdp; its other axes are the compiler's choice.
+
+    Weights lie in slices along "fsdp" too. Left to itself the compiler may find it cheaper to gather a layer's batch
+    than its weights, and then holds activations of the whole batch on every device. Without a mesh (see `over`), or
+    where the batch doesn't divide, `x` is returned as it is.
+    """
+    if local_batch(x.shape[0]) == x.shape[0]:
+        return x
+    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *rest))
+
+
+def local_batch(size: int) -> int:
+    """How many samples of a batch lie on one device of the mesh (see `over`); all of them if they don't divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+    return size if size % shards else size // shards
+
+
+def over(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, to be traced by `jax.jit`, with a mesh that `keep_split` and `local_batch` find."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def _place(path: str, shape: tuple[int, ...], mesh: Mesh, *, rules: Rules, small: int) -> Placement:

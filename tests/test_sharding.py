@@ -145,6 +145,19 @@ def test_batches_of_mappings_with_scalars():
     assert batch["x"].addressable_shards[0].data.shape == (1, 2) and batch["count"].sharding.spec == P()
 
 
+def test_activations_stay_split_where_there_is_a_mesh():
+    mesh, x = make_mesh(MeshConfig(data=2, fsdp=4)), jnp.ones((8, 3))
+    assert sharding.keep_split(x) is x and sharding.local_batch(8) == 8
+
+    def function(x, odd):
+        assert sharding.keep_split(odd) is odd and sharding.local_batch(6) == 6 and sharding.local_batch(16) == 2
+        return sharding.keep_split(x) * 2
+
+    y = jax.jit(sharding.over(mesh, function))(jax.device_put(x, sharding.replicated(mesh)), jnp.ones((6, 3)))
+    assert y.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
+    np.testing.assert_array_equal(y, 2 * x)
+
+
 def test_batch_sizes_that_do_not_split_name_the_nearest():
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     assert sharding.batch_size_per_process(16, mesh) == 16

@@ -58,14 +58,15 @@ def inputs(experiment: Experiment) -> Inputs:
     records = streams.arrays(next(streams.make_batches(one, seed=0, shape=record_shape(experiment.config))))
     split = sharding.batch_sharding(mesh)
     batch = {
-        part: {name: _struct(x, split, (sizes[part], *x.shape[1:])) for name, x in record.items()}
+        part: {name: struct(x, split, (sizes[part], *x.shape[1:])) for name, x in record.items()}
         for part, record in records.items()
     }
-    frozen = jax.tree.map(_struct, frozen, sharding.shardings(frozen, mesh, RULES))
+    frozen = jax.tree.map(struct, frozen, sharding.shardings(frozen, mesh, RULES))
     return Inputs(experiment.abstract_state, batch, frozen)
 
 
-def _struct(leaf: Any, where: jax.sharding.Sharding, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
+def struct(leaf: Any, where: jax.sharding.Sharding, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
+    """The shape struct of a leaf in a sharding, of another shape if one is given."""
     return jax.ShapeDtypeStruct(leaf.shape if shape is None else shape, leaf.dtype, sharding=where)
 
 

@@ -23,9 +23,10 @@ from jaxtyping import Array, Bool, Float
 
 from magic141_jax.errors import UserError
 from magic141_jax.shapes import Latents, Times
+from magic141_jax.sharding import local_batch
 
 EPSILON = 1e-6
-MAX_SCORES = 2**28  # of the chunked attention at a time: 1 GB in float32
+MAX_SCORES = 2**28  # of the chunked attention at a time, on one device: 1 GB in float32
 MASKED = -1e30  # finite, so a row of masked keys gives a mean instead of NaN
 
 Initializer = Callable[..., jax.Array]
@@ -193,7 +194,7 @@ def _attention_jax(q: Array, k: Array, v: Array, mask: Array) -> Array:
 def _attention_chunked(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """The same for one group of queries after another, as many as `MAX_SCORES` allows: exact, in bounded memory."""
     b, i, n, _ = q.shape
-    size = max(1, MAX_SCORES // (b * n * k.shape[1]))
+    size = max(1, MAX_SCORES // (local_batch(b) * n * k.shape[1]))
     if size >= i:
         return _attention_xla(q, k, v, mask)
     count = -(-i // size)

@@ -39,6 +39,7 @@ from magic141_jax.models import layers as nn
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import Params
 from magic141_jax.shapes import Latents, Pooled, Times, TokenMask, Tokens
+from magic141_jax.sharding import keep_split
 
 TIME_SCALE = 1000.0
 REFINER_MLP_RATIO = 4  # the published layout has no setting for it
@@ -370,7 +371,11 @@ def _scan(
     block; a write needs no more than its slot to be differentiated.
     """
     graphdef, state = nnx.split(blocks)
-    block = REMAT[remat](lambda carry, weights: run(nnx.merge(graphdef, weights), carry))
+
+    def one(carry: Any, weights: nnx.State) -> Any:
+        return run(nnx.merge(graphdef, weights), jax.tree.map(keep_split, carry))
+
+    block = REMAT[remat](one)
     features, slots = kept
 
     def body(carry: tuple[Any, Any], layer: tuple[Any, Any]) -> tuple[tuple[Any, Any], Any]:

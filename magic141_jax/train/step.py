@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from magic141_jax import sharding
 from magic141_jax.errors import UserError
 from magic141_jax.pytree import Params
 from magic141_jax.train.method import Batch, Method, Metrics, active_roles
@@ -48,8 +49,9 @@ def jit_step(
     method: Method, optimizers: Mapping[str, Optimizer], *, accumulate: int = 1, layout: TrainState | None = None
 ) -> Any:
     """The jitted program behind a step, (state, batch, frozen, *, active), to be called or to be lowered."""
+    step = functools.partial(_step, method, optimizers, accumulate=accumulate)
     return jax.jit(
-        functools.partial(_step, method, optimizers, accumulate=accumulate),
+        step if layout is None else sharding.over(layout.step.mesh, step),
         static_argnames="active",
         donate_argnums=0,
         out_shardings=None if layout is None else (layout, None),

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from magic141_jax import settings
-from magic141_jax.aot import program, report, topology
+from magic141_jax import settings, sharding
+from magic141_jax.aot import hlo, program, report, topology
 from magic141_jax.errors import UserError
 from magic141_jax.experiment import make_config
 from magic141_jax.models import lora, mmdit
@@ -119,3 +120,23 @@ def test_a_step_compiles_for_a_slice(command_line, tmp_path, libtpu):
 def test_mistakes_are_one_line(command_line, arguments, message):
     code, _, errors = command_line("magic141_jax.aot", *arguments)
     assert code == 2 and message in errors and errors.count("\n") == 1
+
+
+def test_weights_travel_and_activations_stay():
+    """Four times the tokens move no byte more: a layer's weights are gathered, never the batch."""
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=4))
+    params, rules = NETWORK.abstract_params, mmdit.SHARDING_RULES
+    params = jax.tree.map(program.struct, params, sharding.shardings(params, mesh, rules, small=0))
+
+    def loss(params, *inputs):
+        return jnp.sum(NETWORK(params, *inputs) ** 2)
+
+    def moved(side):
+        split = sharding.batch_sharding(mesh)
+        shapes = [(8, 2, side, side, 9), (8,), (8, 3, 12), (8, 3), (8, 12)]
+        inputs = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split) for shape in shapes]
+        step = jax.jit(sharding.over(mesh, jax.grad(loss)), out_shardings=jax.tree.map(lambda x: x.sharding, params))
+        return hlo.collectives(step.lower(params, *inputs).compile().as_text())
+
+    small = moved(4)
+    assert small["all-gather"]["bytes"] > 0 and moved(8) == small
