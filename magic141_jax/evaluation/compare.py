@@ -2,10 +2,12 @@
 
 A row is a sampler: `label=FOLDER:steps=50,guidance=1.5`, with the keys of `KEYS`; what is left out is as the weights
 were made for. `lora` names an adapter that is added to the folder's transformer, `transformer` a component folder that
-takes its place. For every seed and split, each row makes two kinds of clips of the same scenes (`protocol`):
+takes its place. For every seed and split, each row makes clips of the same scenes (`protocol`), of the kinds that are
+asked for:
 
     i2v   from the rendered clip's first frame, which says nothing about the motion
     t2v   from the row's own text-to-image picture of the caption
+    text  from the caption alone, without a picture in between
 
 and, of the first captions, further draws under other noise. Measures of a kind, means over captions:
 
@@ -13,8 +15,8 @@ and, of the first captions, further draws under other noise. Measures of a kind,
                        has first_frame_psnr instead
     motion             share of the clips that move as the caption says
     motion_amount      over that of true clips
-    frechet            `features.frechet` to true clips of the same scenes (t2v: started as a caption's picture is)
-    diversity          `features.diversity` over noises: of the pictures (t2v), of the clips (i2v)
+    frechet            `features.frechet` to true clips of the same scenes (not i2v: started as a caption's picture is)
+    diversity          `features.diversity` over noises: of the pictures (t2v), of the clips (i2v, text)
     dit_seconds        of the transformer alone a clip, in batches of one size: t2v is picture and clip
     evaluations        of the network a clip, both passes of guidance counted
 
@@ -27,7 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,6 @@ from magic141_jax.evaluation.templates import Search
 from magic141_jax.models.mmdit import MMDiTConfig
 from magic141_jax.pipelines.components import find_folder
 from magic141_jax.pipelines.options import PipelineOutput, SamplingOptions, resolve
-from magic141_jax.pipelines.text_to_image import Pipeline
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 
 SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -54,6 +55,7 @@ SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
 PARTS = {"lora": ("lora", str), "transformer": ("transformer", str)}
 KEYS = SETTINGS | PARTS
 FORM = "a row is label=FOLDER or label=FOLDER:steps=4,guidance=1"
+KINDS = ("t2v", "i2v", "text")
 REFERENCE = 128  # true clips that the units of the features come from
 REFERENCE_SEED, NOISE_SEED = 1410, 141
 
@@ -74,12 +76,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """On what the rows are compared: `samples` captions of each split for each seed, `draws` noises for diversity."""
+    """On what the rows are compared: `samples` captions of each split for each seed, `draws` noises for diversity, and
+    the `kinds` of clips.
+    """
 
     seeds: tuple[int, ...] = (0,)
     splits: tuple[str, ...] = ("train", "triples")
     samples: int = 32
     draws: int = 4
+    kinds: tuple[str, ...] = ("t2v", "i2v")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +106,7 @@ class Judge:
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """What a row made of one split and seed, by kind ("i2v", "t2v").
+    """What a row made of one split and seed, by kind (`KINDS`).
 
     Attributes:
       clips: (n, t, y, x, 3).
@@ -142,13 +147,13 @@ def read_seeds(text: str) -> tuple[int, ...]:
     return _once(tuple(int(word) for word in words), "--seeds")
 
 
-def read_splits(text: str) -> tuple[str, ...]:
-    """ "train,triples" -> ("train", "triples"); raises `UserError` for an unknown split or one that comes twice."""
+def read_names(text: str, flag: str, known: Sequence[str]) -> tuple[str, ...]:
+    """ "train,triples" -> ("train", "triples"); raises `UserError` for an unknown name or one that comes twice."""
     words = [word.strip() for word in text.split(",")]
     for word in words:
-        if word not in SPLITS:
-            raise UserError(f"--splits names {word!r}.{nearest(word, SPLITS)}")
-    return _once(tuple(words), "--splits")
+        if word not in known:
+            raise UserError(f"{flag} names {word!r}.{nearest(word, known)}")
+    return _once(tuple(words), flag)
 
 
 def load_rows(rows: Sequence[Row]) -> tuple[Loaded, ...]:
@@ -213,7 +218,7 @@ def compare(
             noises = noise_seeds(seed, split, plan.samples, draws=plan.draws)
             for row in loaded:
                 name = row.row.label
-                made = make(row, clips, noises)
+                made = make(row, clips, noises, kinds=plan.kinds)
                 progress(f"{name}, {split}, seed {seed}: made")
                 values[name][split] = measure(made, clips, judge, resolved=row.resolved, config=_config(row))
                 progress(f"{name}, {split}, seed {seed}: measured")
@@ -230,15 +235,16 @@ def noise_seeds(seed: int, split: str, count: int, *, draws: int) -> np.ndarray:
     return np.random.default_rng((NOISE_SEED, seed, SPLITS.index(split))).integers(MAX_SEED, size=(draws, count))
 
 
-def make(row: Loaded, clips: Clips, noises: np.ndarray) -> Made:
+def make(row: Loaded, clips: Clips, noises: np.ndarray, *, kinds: Sequence[str] = Plan.kinds) -> Made:
     """Samples a row: clips under noises[0], and draws of the first captions, of one batch, under each of `noises`.
 
     Text to video is called as its two halves, so that the clock sees the transformer alone; the result is the same.
     Held-out subjects, which no caption can name, are only animated.
     """
-    spent: dict[str, list[float]] = {"image": [], "video": []}
-    text_to_image = _timed(row.pipeline.text_to_image, "image", spent["image"])
-    image_to_video = _timed(row.pipeline.image_to_video, "video", spent["video"])
+    spent: dict[str, list[float]] = {"image": [], "video": [], "text": []}
+    text_to_image = _timed(row.pipeline.text_to_image, row.pipeline.engine.seconds, "image", spent["image"])
+    image_to_video = _timed(row.pipeline.image_to_video, row.pipeline.engine.seconds, "video", spent["video"])
+    from_text = _timed(row.pipeline.from_text, row.pipeline.engine.seconds, "video", spent["text"])
     firsts, captions, options = clips.made["truth"][:, 0], clips.captions, row.row.options
     several = min(BATCH, len(captions))
 
@@ -246,19 +252,21 @@ def make(row: Loaded, clips: Clips, noises: np.ndarray) -> Made:
         count = len(seeds)
         return protocol.generate(image_to_video, captions[:count], seeds, options=options, images=images[:count])[0]
 
-    def draw_images(seeds: np.ndarray) -> np.ndarray:
-        return protocol.generate(text_to_image, captions[: len(seeds)], seeds, options=options)[1]
+    def draw(kind: str, seeds: np.ndarray) -> np.ndarray:
+        """What diversity is about: pictures (m, 1, y, x, 3) for t2v, else clips."""
+        if kind == "i2v":
+            return animate(firsts, seeds)
+        make = text_to_image if kind == "t2v" else from_text
+        frames, images = protocol.generate(make, captions[: len(seeds)], seeds, options=options)
+        return images[:, None] if frames is None else frames
 
-    made = {"i2v": animate(firsts, noises[0])}
-    draws = {"i2v": [made["i2v"][:several], *(animate(firsts, more[:several]) for more in noises[1:])]}
-    if "posters" in clips.made:
-        images = draw_images(noises[0])
-        made["t2v"] = animate(images, noises[0])
-        pictures = [images[:several], *(draw_images(more[:several]) for more in noises[1:])]
-        draws["t2v"] = [picture[:, None] for picture in pictures]
-    seconds = {"i2v": float(np.median(spent["video"][1:]))}
-    if "t2v" in made:
-        seconds["t2v"] = seconds["i2v"] + float(np.median(spent["image"][1:]))
+    made, draws = {}, {}
+    for kind in (k for k in kinds if k == "i2v" or "posters" in clips.made):
+        drawn = draw(kind, noises[0])
+        made[kind] = animate(drawn[:, 0], noises[0]) if kind == "t2v" else drawn
+        draws[kind] = [drawn[:several], *(draw(kind, more[:several]) for more in noises[1:])]
+    parts = {"i2v": ("video",), "t2v": ("image", "video"), "text": ("text",)}
+    seconds = {kind: sum(float(np.median(spent[part][1:])) for part in parts[kind]) for kind in made}
     return Made(made, draws, seconds)
 
 
@@ -283,7 +291,7 @@ def measure(
             "frechet": features.frechet(space.statistics(frames), space.statistics(true)),
             "diversity": features.diversity([space.maps(draw) for draw in made.draws[kind]]),
             "dit_seconds": made.seconds[kind],
-            "evaluations": evaluations(resolved, config) * (1 if kind == "i2v" else 2),
+            "evaluations": evaluations(resolved, config) * (2 if kind == "t2v" else 1),
         }
     return values
 
@@ -297,13 +305,15 @@ def evaluations(options: SamplingOptions, config: MMDiTConfig) -> int:
     return walked * (1 if options.guidance_scale == 1 or config.guidance_embedding else 2)
 
 
-def _timed(pipeline: Pipeline, label: str, spent: list[float]) -> Callable[..., PipelineOutput]:
-    """The pipeline; each call adds its engine's seconds a prompt under `label` to `spent`."""
+def _timed(
+    call: Callable[..., PipelineOutput], seconds: Mapping[str, float], label: str, spent: list[float]
+) -> Callable[..., PipelineOutput]:
+    """The call of a pipeline; each adds what it takes of the engine's `seconds[label]`, a prompt, to `spent`."""
 
     def run(prompts: Sequence[str], **options: Any) -> PipelineOutput:
-        before = pipeline.engine.seconds[label]
-        made = pipeline(prompts, **options)
-        spent.append((pipeline.engine.seconds[label] - before) / len(prompts))
+        before = seconds[label]
+        made = call(prompts, **options)
+        spent.append((seconds[label] - before) / len(prompts))
         return made
 
     return run

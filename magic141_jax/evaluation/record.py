@@ -33,10 +33,11 @@ KEYS = ("rows", "settings", "made", "standings", "command")
 
 def begin(rows: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any], command: str) -> dict[str, Any]:
     """A record of rows (`compare.identity` by label) before the first seed; the seeds of `settings` are left out."""
-    splits = settings["splits"]
+    listed = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}  # as in JSON
+    splits = listed["splits"]
     return {
         "rows": {label: {**row, "values": {split: {} for split in splits}} for label, row in rows.items()},
-        "settings": {**settings, "splits": list(splits), "seeds": []},
+        "settings": {**listed, "seeds": []},
         "made": {},
         "standings": {},
         "command": command,

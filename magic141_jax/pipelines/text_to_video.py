@@ -86,8 +86,15 @@ class TextToVideoPipeline(Pipeline):
         images = self.text_to_image.generate(encoded, one_frame).images
         return encoded if alone else self.engine.encode_text(prompts, resolved, images=list(images)), images
 
+    def from_text(self, prompt: str | Sequence[str], **options: Any) -> PipelineOutput:
+        """Clips from the text alone, without a picture in between, of a network that has learned that.
+
+        Arguments and errors as for the call; `images` are the clips' first frames.
+        """
+        return self.direct(as_prompts(prompt), resolve(options, self.components))
+
     def direct(self, prompts: Sequence[str], options: SamplingOptions) -> PipelineOutput:
-        """Clips from the text alone, of a network that knows of no first image; `images` are their first frames."""
+        """`from_text` of resolved options."""
         cond, negative = self.engine.condition(self.engine.encode_text(prompts, options), options)
         latents = self.engine.denoise(cond, negative, options, purpose=FIRST_WINDOW)
         if options.output_type == "latent":

@@ -65,16 +65,16 @@ def test_bad_rows(texts, message):
 
 def test_seeds_and_splits():
     assert compare.read_seeds("0, 7,12") == (0, 7, 12)
-    assert compare.read_splits("triples, train") == ("triples", "train")
+    assert compare.read_names("triples, train", "--splits", protocol.SPLITS) == ("triples", "train")
     for text in ("", "a", "1,", "-1", "1.5", "99999999999"):
         with pytest.raises(UserError, match="--seeds is"):
             compare.read_seeds(text)
     with pytest.raises(UserError, match="Did you mean 'train'"):
-        compare.read_splits("trian")
+        compare.read_names("trian", "--splits", protocol.SPLITS)
     with pytest.raises(UserError, match="--seeds names 1 twice"):
         compare.read_seeds("1,01")
     with pytest.raises(UserError, match="--splits names train twice"):
-        compare.read_splits("train,train")
+        compare.read_names("train,train", "--splits", protocol.SPLITS)
 
 
 def test_noise_is_the_same_for_all_rows_and_differs_elsewhere():
@@ -114,21 +114,28 @@ def test_a_network_that_is_told_the_scale_runs_once():
 class Fake:
     """A pipeline that takes 3 s of transformer a prompt, 100 s the first time, and 50 s of anything else."""
 
-    def __init__(self, label):
-        self.engine, self.label, self.calls = SimpleNamespace(seconds=collections.Counter()), label, 0
+    def __init__(self, label, seconds):
+        self.seconds, self.label, self.calls = seconds, label, 0
 
     def __call__(self, prompts, *, seed, image=None, num_inference_steps=1):
         self.calls += 1
-        self.engine.seconds[self.label] += (3 if self.calls > 1 else 100) * len(prompts)
-        self.engine.seconds["compile"] += 50
+        self.seconds[self.label] += (3 if self.calls > 1 else 100) * len(prompts)
+        self.seconds["compile"] += 50
         images = np.zeros((len(prompts), 2, 2, 3)) + np.reshape(seed, (-1, 1, 1, 1)) if image is None else image
         frames = None if image is None else np.stack([images, images + np.reshape(seed, (-1, 1, 1, 1))], 1)
         return PipelineOutput(images=images, frames=frames)
 
 
+def fake_pipeline():
+    seconds = collections.Counter()
+    parts = {"text_to_image": "image", "image_to_video": "video", "from_text": "video"}
+    calls = {name: Fake(label, seconds) for name, label in parts.items()}
+    return SimpleNamespace(engine=SimpleNamespace(seconds=seconds), **calls)
+
+
 @pytest.mark.parametrize("count", [3, 20])
 def test_samples_and_seconds(count):
-    both = SimpleNamespace(text_to_image=Fake("image"), image_to_video=Fake("video"))
+    both = fake_pipeline()
     true = np.full((count, 2, 2, 2, 3), 0.5)
     clips = protocol.Clips((), tuple(f"caption {i}" for i in range(count)), {"truth": true, "posters": true})
     noises = np.arange(2 * count).reshape(2, count) + 1
@@ -141,6 +148,21 @@ def test_samples_and_seconds(count):
     np.testing.assert_array_equal(np.stack(made.draws["t2v"])[..., 0, 0, 0, 0], noises[:, :varied])
     held_out = protocol.Clips((), clips.captions, {"truth": true})
     assert set(compare.make(Loaded(Row("a", "x", {}), both, None), held_out, noises).clips) == {"i2v"}
+
+
+def test_clips_of_text_alone(pipeline, pack):
+    """They are those of `from_text`; held-out subjects, which can't be named, have none."""
+    loaded = Loaded(Row("a", "x", {}), pipeline, resolve({}, pipeline.components))
+    clips = protocol.true_clips(pack, "train", 2, side=32, num_frames=9)
+    noises = compare.noise_seeds(0, "train", 2, draws=2)
+    made = compare.make(loaded, clips, noises, kinds=("text",))
+    whole = pipeline.from_text(list(clips.captions), seed=tuple(map(int, noises[0])))
+    np.testing.assert_allclose(made.clips["text"], whole.frames, atol=1e-6)
+    np.testing.assert_array_equal(whole.images, whole.frames[:, 0])
+    np.testing.assert_array_equal(made.draws["text"][0], made.clips["text"])
+    assert np.abs(made.draws["text"][0] - made.draws["text"][1]).max() > 0.01 and made.seconds["text"] > 0
+    held_out = dataclasses.replace(clips, made={"truth": clips.made["truth"]})
+    assert compare.make(loaded, held_out, noises, kinds=("text",)) == Made({}, {}, {})
 
 
 def test_text_to_video_by_halves_is_text_to_video(pipeline, pack):
