@@ -3,8 +3,8 @@
 Part: section 4 of the paper, with the memory plan of MagicDistillation (arXiv 2503.13319): one frozen bfloat16 backbone
 is teacher, student and fake score at once, the last two by an adapter each. Learning rates, ratio, ranges of s and
 batch are those of published DMD runs on networks of this size, as far as they are known; the paper names none.
-Data: clips of 544x960 and 81 frames prepared with the teacher's own VAE and text encoders; text states hold the image
-  rows (288) and the prompt's (252).
+Data: clips of 544x960 and 81 frames prepared with the teacher's own VAE and text encoders (docs/published.md); text
+  states hold the image rows (288) and the prompt's (252).
 Command: python train.py --config=configs/hunyuan13b_distil_tpu.py --workdir=runs/13b --config.data.path=DATA
   --config.teacher=hunyuanvideo-community/HunyuanVideo-I2V-33ch (one line, on every host)
 Hardware: docs/layouts.md says what fits, by the compiler; it has never been run. Before you rent anything:
@@ -12,7 +12,8 @@ Hardware: docs/layouts.md says what fits, by the compiler; it has never been run
 Expected: a student that samples in four Euler steps on [1, .9375, .8333, .625, 0] without guidance; 1,000 steps are 200
   updates of it. No numbers yet.
 The other published layout replaces tokens instead and is guided by an embedding: add --config.model.in_channels=16
-  --config.model.known=replace --config.model.guidance_embedding --config.method.guidance=1.
+  --config.model.known=replace --config.model.guidance_embedding --config.method.guidance=1. Its text states have 144
+  image rows; for random records --config.data.text_length=396 --config.data.image_tokens=144.
 """
 
 import dataclasses
@@ -42,6 +43,7 @@ def get_config():
             "num_frames": 81,
             "fps": 24.0,
             "text_length": 540,
+            "image_tokens": 288,
         },
         optimizer={
             "learning_rate": 5e-5,

@@ -182,8 +182,14 @@ def _build_method(config: ExperimentConfig, mesh: jax.sharding.Mesh, *, abstract
 
 def _conditioner(config: ExperimentConfig, drawn: ConditioningConfig) -> Conditioner:
     encoder = _network(config.image_encoder, "image_encoder") if config.image_encoder else None
+    image_rows = streams.image_tokens(config.data)
+    if image_rows and drawn.known_frames[0]:
+        raise UserError(
+            f"the text states of {config.data.path} were read with the first frame, so there is no text to video: "
+            "set config.method.known_frames to (0, ...)"
+        )
     null = {name: jnp.asarray(value) for name, value in streams.null_text(config.data, record_shape(config)).items()}
-    return Conditioner(drawn, encoder, NullText(**null))
+    return Conditioner(drawn, encoder, NullText(**null), image_rows)
 
 
 def _require_raw(config: ExperimentConfig) -> None:

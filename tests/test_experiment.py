@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save
 
 from magic141_jax import settings, sharding, weights
 from magic141_jax.convert.export import export
@@ -193,6 +194,46 @@ def test_a_start_fitted_to_the_data_is_better(clips, tmp_path):
         errors.append(float(found["video/psnr"]))
     assert errors[1] > errors[0] + 3
     assert dataclasses.is_dataclass(experiment.config)
+
+
+def test_a_published_layout_is_distilled_from_states_with_image_rows(tmp_path):
+    rng, rows, length = np.random.default_rng(0), 5, 8
+    text = {"text_mask": np.arange(length) < length - 1, "pooled": np.zeros(8, np.float16)}
+    with cache.writing(tmp_path / "data") as writer:
+        writer.metadata = {"kind": "latent", "image_tokens": rows}
+        for _ in range(4):
+            states = {"text": rng.normal(size=(length, 8)).astype(np.float16), **text}
+            latents = rng.normal(size=(2, 4, 4, 4)).astype(np.float16)
+            anchor = np.zeros((32, 32, 3), np.uint8)
+            writer.add("videos", "32x32x5", {"latents": latents, "anchor": anchor, **states})
+        (writer.folder / cache.NULL_TEXT).write_bytes(save({"text": np.zeros((length, 8), np.float16), **text}))
+    sizes = dataclasses.replace(mmdit.debug(), text_width=8, pooled_width=8)
+    network = Network.create(mmdit.MMDiT, sizes)
+    model = {"model": "mmdit", **settings.to_dict(network.config)}
+    weights.save(tmp_path / "teacher" / "transformer", model, jax.device_get(network.init(jax.random.key(0))))
+    config = make_config(
+        model=model,
+        method={
+            "name": "guidance",
+            "known_frames": (0.0, 1.0),
+            "caption_dropout": 0.5,
+            "roles": {"student": "adapter", "rank": 2},
+        },
+        data={"path": str(tmp_path / "data"), "video_batch": 2, "threads": 0},
+        train={"steps": 1, "log_every": 1},
+        teacher=str(tmp_path / "teacher"),
+    )
+    experiment = Experiment.from_config(config, tmp_path / "run", devices=jax.devices()[:1])
+    record = next(experiment.batches())["video"]
+    conditioner = experiment.method.backbone.conditioner
+    cond = conditioner.clean(None, record, 1)
+    assert cond.image_tokens == rows
+    np.testing.assert_array_equal(conditioner.negative(cond).text[:, :rows], record["text"][:, :rows])
+    assert experiment.train(progress=False).step == 1
+    assert all(np.isfinite(line["loss/student"]) for line in metrics.read(tmp_path / "run"))
+    config.method.known_frames = (0.5, 0.5)
+    with pytest.raises(UserError, match=r"no text to video: set config.method.known_frames"):
+        Experiment.from_config(config, tmp_path / "run", devices=jax.devices()[:1])
 
 
 def test_only_a_method_with_a_teacher_is_watched(tmp_path):

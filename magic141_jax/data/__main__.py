@@ -9,8 +9,9 @@ SRC is a folder with captions.csv or captions.jsonl, a manifest (.jsonl), `tfds:
 from __future__ import annotations
 
 import argparse
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ import jax
 import numpy as np
 
 from magic141_jax import weights
+from magic141_jax.convert import repository
 from magic141_jax.data import cache, emoji_pack
 from magic141_jax.data.buckets import Bucket, make_buckets, parse_size
 from magic141_jax.data.emoji import DEFAULT_PACK, EmojiClips, EmojiConfig, EmojiPack
 from magic141_jax.data.prepare import Encoders, prepare
 from magic141_jax.data.sources import FileClips, Joined, Source, TfdsClips
 from magic141_jax.errors import OneLineParser, UserError, run_entry_point
-from magic141_jax.pipelines.components import TEXT_ENCODERS, find_folder, load_model
+from magic141_jax.models.text import TextEncoder
+from magic141_jax.pipelines import published
+from magic141_jax.pipelines.components import TEXT_ENCODERS, default_dtype, find_folder, load_model
 from magic141_jax.settings import build
 
 DEFAULTS = {"height": 64, "width": 64, "num_frames": 17, "fps": 8.0}
@@ -139,30 +143,44 @@ def _load_encoders(folder: str, text_length: int | None) -> tuple[Encoders, dict
     """The encoders of a weights folder, the sizes it was made for, its (spatial, temporal) factors and its digest.
 
     Captions come to `text_length` tokens, or to the text encoder's own number of them: short captions train faster.
-    Only vae/ and text_encoder/ are read, so that latents can be made before there is a transformer.
+    Only vae/ and text_encoder/ are read, so that latents can be made before there is a transformer; a published
+    folder's transformer is opened, which says how its prompts are read.
     """
     path = find_folder(folder)
-    vae, text = weights.part(path, "vae"), weights.part(path, "text_encoder")
-    network, params = load_model(vae)
-    kind = weights.read_json(text / "config.json").get("model")
-    if kind not in TEXT_ENCODERS:
-        raise UserError(f"{text} holds {kind!r}; known are {', '.join(TEXT_ENCODERS)}")
-    text_encoder = TEXT_ENCODERS[kind](text, text_length)
+    index = weights.read_json(path / "model_index.json") if (path / "model_index.json").exists() else {}
+    theirs = published.is_published(index)
+    network, params = load_model(weights.part(path, "vae"))
+    text_encoder, sampling = (_published_text if theirs else _own_text)(path, index, text_length)
 
     @jax.jit
     def encode(params: Any, frames: jax.Array) -> jax.Array:
         return network(params, frames.astype(np.float32) / 255, method="encode_latents")
 
-    def encode_text(captions: list[str]) -> tuple[Any, Any, Any]:
-        made = text_encoder.encode(captions)
-        return made.states, made.mask, made.pooled
-
-    index = path / "model_index.json"
-    sampling = weights.read_json(index).get("sampling", {}) if index.exists() else {}
+    encoders = Encoders(functools.partial(encode, params), text_encoder.encode, image_tokens=text_encoder.image_tokens)
+    if theirs:
+        encoders = encoders._replace(batch_size=1)  # a clip of published size fills a device
     settings = {key: sampling.get(key, value) for key, value in DEFAULTS.items()}
     factors = network.config.spatial_factor, network.config.temporal_factor
-    digest = weights.digest(vae) + weights.digest(text)
-    return Encoders(lambda frames: encode(params, frames), encode_text), settings, factors, digest
+    parts = [weights.part(path, name) for name in ("vae", "text_encoder", "text_encoder_2")]
+    return encoders, settings, factors, "".join(weights.digest(part) for part in parts if part.is_dir())
+
+
+def _own_text(path: Path, index: Mapping[str, Any], length: int | None) -> tuple[TextEncoder, dict[str, Any]]:
+    """The text encoder and the sampling settings of a weights folder."""
+    folder = weights.part(path, "text_encoder")
+    kind = weights.read_json(folder / "config.json").get("model")
+    if kind not in TEXT_ENCODERS:
+        raise UserError(f"{folder} holds {kind!r}; known are {', '.join(TEXT_ENCODERS)}")
+    return TEXT_ENCODERS[kind](folder, length), index.get("sampling", {})
+
+
+def _published_text(path: Path, index: Mapping[str, Any], length: int | None) -> tuple[TextEncoder, dict[str, Any]]:
+    """The same of a published pipeline folder."""
+    if length is not None:
+        raise UserError("--text_length: published weights read prompts of their own length; leave it out")
+    config = repository.open_component(path / "transformer").network.config
+    load = functools.partial(load_model, overrides={"compute_dtype": default_dtype()})
+    return published.read(path, index, config, load)
 
 
 def _emoji_pack(args: argparse.Namespace) -> None:

@@ -1,12 +1,13 @@
 """Prepared data on disk: ArrayRecord shards of safetensors records, read at random.
 
-    DST/metadata.json                        kind, sizes, counts, frame rate, shard files
+    DST/metadata.json                        kind, sizes, counts, frame rate, shard files, image_tokens
     DST/{images,videos}/64x64x17-00000.array_record
     DST/null_text.safetensors                latent kind: the text states of the empty caption (for caption dropout)
 
 A record is a dict of arrays and strings. Kind "raw": frames (uint8 t y x 3), caption, captions, tags. Kind "latent":
 latents (float16 f h w c), text (float16 s e), text_mask (bool s), pooled (float16 e), anchor (uint8 y x 3: the first
-frame), caption, tags.
+frame), caption, tags. The first `image_tokens` of the s text states are rows of the anchor, where the text encoder read
+it together with the caption; 0 (or no such key) elsewhere. Those of null_text.safetensors are rows of a black picture.
 """
 
 from __future__ import annotations
@@ -149,6 +150,7 @@ class Cache:
         self.metadata = read_metadata(self.folder)
         self.kind: Literal["raw", "latent"] = self.metadata["kind"]
         self.groups: tuple[str, ...] = tuple(self.metadata["groups"])
+        self.image_tokens: int = self.metadata.get("image_tokens", 0)
 
     def buckets(self, group: Group) -> tuple[str, ...]:
         """The buckets of images or videos, as HEIGHTxWIDTHxFRAMES; empty where there are none."""

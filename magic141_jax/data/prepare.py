@@ -2,7 +2,8 @@
 
 Raw records keep the pixels (to train an autoencoder); with encoders, latents and text states are stored instead (to
 train the transformer without running the autoencoder or the text encoder). A clip with several captions gives one
-latent record for each of them.
+latent record for each of them. A text encoder that reads pictures sees a clip's first frame (its anchor) with each of
+its captions, as in sampling, and a black picture with the empty caption; images have no place among such records.
 """
 
 from __future__ import annotations
@@ -25,18 +26,22 @@ from magic141_jax.data.sources import Sample, Source, item_name
 from magic141_jax.errors import UserError
 
 EXAMPLES = 3
+BLACK = np.zeros((8, 8, 3), np.uint8)  # the empty caption's picture; encoders resize it
 
 
 class Encoders(NamedTuple):
     """What makes latent records. Both functions always get `batch_size` items, so they compile once a shape.
 
     frames: uint8 (b, t, y, x, 3) -> normalised latents (b, f, h, w, c).
-    text: captions -> states (b, s, e), mask (b, s) bool, pooled (b, e).
+    text: captions, and pictures (y, x, 3) in [0, 1] one each, or None where `image_tokens` is 0
+      -> states (b, s, e), mask (b, s) bool, pooled (b, e).
+    image_tokens: how many leading text states are rows of the picture.
     """
 
     frames: Callable[[np.ndarray], Any]
-    text: Callable[[list[str]], tuple[Any, Any, Any]]
+    text: Callable[[list[str], list[np.ndarray] | None], tuple[Any, Any, Any]]
     batch_size: int = 8
+    image_tokens: int = 0
 
 
 @dataclass
@@ -92,7 +97,8 @@ def prepare(
     if len(order) < len(source):
         report.left_out.append(LeftOut(f"{len(source) - len(order)} items", "not drawn", f"--limit {limit}"))
     with cache.writing(target, overwrite=overwrite) as writer:
-        writer.metadata = {"kind": "latent" if encoders else "raw", **metadata}
+        kind = {"kind": "latent", "image_tokens": encoders.image_tokens} if encoders else {"kind": "raw"}
+        writer.metadata = {**kind, **metadata}
         bar = tqdm(order, unit="clip", disable=not progress or not len(order), dynamic_ncols=True, mininterval=1)
         for group, bucket, record in _records(_usable(source, bar, report), encoders, report):
             writer.add(group, bucket, record)
@@ -104,7 +110,7 @@ def prepare(
             first = f"; first: {report.left_out[0].name} {report.left_out[0].detail}" if report.left_out else ""
             raise UserError(f"no clip could be kept: {reasons}{first}")
         if encoders:
-            text = _text_fields(encoders, [""])[0]
+            text = _text_fields(encoders, [("", BLACK)])[0]
             (writer.folder / cache.NULL_TEXT).write_bytes(save(text))
         lines = [json.dumps(item._asdict(), ensure_ascii=False) for item in report.left_out]
         (writer.folder / "left_out.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -139,6 +145,9 @@ def _records(
         if encoders is None:
             yield _group(sample), bucket, sample
             continue
+        if encoders.image_tokens and frames == 1:
+            report.left_out.append(LeftOut(name, "a single image", "these weights animate a picture"))
+            continue
         batch = waiting.setdefault(bucket, [])
         batch.append((name, sample))
         if len(batch) == encoders.batch_size:
@@ -158,25 +167,28 @@ def _encoded(
     latents = np.asarray(encoders.frames(_padded(frames, encoders.batch_size)))[: len(batch)]
     with np.errstate(over="ignore"):  # looked at below, clip by clip
         latents = latents.astype(np.float16)
+    anchors = [sample.get("anchor", sample["frames"][0]) for _, sample in batch]
     captions = [sample.get("captions") or [sample["caption"]] for _, sample in batch]
-    texts = iter(_text_fields(encoders, [caption for several in captions for caption in several]))
-    for (name, sample), latent, several in zip(batch, latents, captions, strict=True):
+    shown = [(caption, anchor) for several, anchor in zip(captions, anchors, strict=True) for caption in several]
+    texts = iter(_text_fields(encoders, shown))
+    for (name, sample), latent, anchor, several in zip(batch, latents, anchors, captions, strict=True):
         fields = [next(texts) for _ in several]
         if not all(np.isfinite(x).all() for x in (latent, *(f["text"] for f in fields))):
             report.left_out.append(LeftOut(name, "not finite once encoded", "NaN, or outside float16"))
             continue
-        anchor = sample.get("anchor", sample["frames"][0])
         common = {"latents": latent, "anchor": anchor, "tags": sample.get("tags", {})}
         for caption, text in zip(several, fields, strict=True):
             yield _group(sample), bucket, {**common, **text, "caption": caption}
 
 
-def _text_fields(encoders: Encoders, captions: list[str]) -> list[dict[str, np.ndarray]]:
-    """The text part of a latent record for each caption."""
+def _text_fields(encoders: Encoders, shown: list[tuple[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """The text part of a latent record for each caption with the picture (uint8) that it is read with."""
     fields = []
-    for begin in range(0, len(captions), encoders.batch_size):
-        part = captions[begin : begin + encoders.batch_size]
-        states, mask, pooled = encoders.text(part + [""] * (encoders.batch_size - len(part)))
+    for begin in range(0, len(shown), encoders.batch_size):
+        part = shown[begin : begin + encoders.batch_size]
+        full = part + [("", BLACK)] * (encoders.batch_size - len(part))
+        pictures = [picture.astype(np.float32) / 255 for _, picture in full] if encoders.image_tokens else None
+        states, mask, pooled = encoders.text([caption for caption, _ in full], pictures)
         rows = zip(np.asarray(states), np.asarray(mask), np.asarray(pooled), strict=True)
         fields += [
             {"text": s.astype(np.float16), "text_mask": m.astype(bool), "pooled": p.astype(np.float16)}

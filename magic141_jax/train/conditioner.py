@@ -3,6 +3,7 @@
 A video is conditioned on its first k latent frames; k is drawn per sample, and k = 0 is text to video, which sees no
 image tokens either. Known frames get a little noise at random (history noise), so that a sampler may chain windows on
 its own imperfect output. Captions are dropped at random for guidance; image tokens stay (Magic 1-For-1, section 3).
+They come from an image encoder here, or are rows of the cached text states, where the text encoder read the picture.
 Flow matching and the distillation methods condition alike, by this one class.
 """
 
@@ -19,7 +20,7 @@ from magic141_jax.diffusion import conditioning
 from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import Params
-from magic141_jax.shapes import Images, Pooled, Times, TokenMask, Tokens
+from magic141_jax.shapes import Images, Times
 
 Record = Mapping[str, jax.Array]
 
@@ -54,7 +55,7 @@ class ConditioningConfig:
 
 @dataclasses.dataclass(frozen=True)
 class NullText:
-    """The text states of the empty caption, as constants: text (s, e), text_mask (s,), pooled (p,)."""
+    """The text states of the empty caption, as constants: text (s, e), text_mask (s,), pooled (p,). No image rows."""
 
     text: Float[Array, "s e"]
     text_mask: Bool[Array, " s"]
@@ -69,11 +70,13 @@ class Conditioner:
       config: what is drawn.
       image_encoder: gives image tokens in the text width; None goes without them.
       null_text: the empty caption's states.
+      image_rows: how many leading rows of the cached text states are image tokens.
     """
 
     config: ConditioningConfig
     image_encoder: Network | None
     null_text: NullText
+    image_rows: int = 0
 
     def draw_known(self, key: jax.Array, shape: tuple[int, ...]) -> Int[Array, " b"]:
         """Numbers of known latent frames for latents of `shape` (b, f, ...); at least one frame stays unknown."""
@@ -96,40 +99,44 @@ class Conditioner:
           record: latents (b, f, h, w, c), text (b, s, e), text_mask (b, s), pooled (b, p), anchor (b, y, x, 3).
           key: of the captions' draws.
           known: how many leading latent frames each sample knows.
-          image_tokens: whether the anchor's are put before the text; samples without known frames don't see them.
+          image_tokens: whether the anchor's stand before the text; samples without known frames don't see them.
         """
         text, text_mask, pooled = (jnp.asarray(record[name]) for name in ("text", "text_mask", "pooled"))
-        if key is not None:
-            text, text_mask, pooled = self.drop_captions(record, key)
+        count = self.image_rows
+        if not image_tokens:
+            text, text_mask, count = text[:, count:], text_mask[:, count:], 0
         latents = record["latents"].astype(jnp.float32)
         held, mask = conditioning.known_latents(latents, known, latents.shape[1])
-        count = 0
         if image_tokens and self.image_encoder is not None:
             tokens = self.image_encoder(encoder, as_float(record["anchor"]))
-            count = tokens.shape[1]
+            count += tokens.shape[1]
             text, text_mask = conditioning.with_image_tokens(text, text_mask, tokens)
+        if count:
             is_text = jnp.arange(text.shape[1]) >= count
             text_mask &= is_text[None, :] | (known > 0)[:, None]
-        return Conditioning(
+        cond = Conditioning(
             text.astype(jnp.float32), text_mask, pooled.astype(jnp.float32), held, mask, image_tokens=count
         )
+        return cond if key is None else self.drop_captions(cond, key)
 
     def clean(self, encoder: Params | None, record: Record, known: int) -> Conditioning:
         """The conditioning as in sampling: `known` leading frames without noise, every caption there."""
         counts = jnp.full(record["latents"].shape[:1], known)
         return self.condition(encoder, record, None, counts, image_tokens=known > 0)
 
-    def drop_captions(self, record: Record, key: jax.Array) -> tuple[Tokens, TokenMask, Pooled]:
-        """The text states of a record, those of the empty caption at random places."""
-        drop = jax.random.bernoulli(key, self.config.caption_dropout, record["latents"].shape[:1])
-        null = self.null_text
-        text = jnp.where(drop[:, None, None], null.text[None], record["text"])
-        mask = jnp.where(drop[:, None], null.text_mask[None], record["text_mask"])
-        pooled = jnp.where(drop[:, None], null.pooled[None], record["pooled"])
-        return text, mask, pooled
+    def drop_captions(self, cond: Conditioning, key: jax.Array) -> Conditioning:
+        """The same conditioning with the empty caption at random places of the batch; image tokens stay."""
+        drop = jax.random.bernoulli(key, self.config.caption_dropout, cond.text.shape[:1])
+        empty = self.negative(cond)
+        return dataclasses.replace(
+            cond,
+            text=jnp.where(drop[:, None, None], empty.text, cond.text),
+            text_mask=jnp.where(drop[:, None], empty.text_mask, cond.text_mask),
+            pooled=jnp.where(drop[:, None], empty.pooled, cond.pooled),
+        )
 
     def negative(self, cond: Conditioning) -> Conditioning:
-        """The same conditioning with the empty caption: the other branch of guidance."""
+        """The same conditioning with the empty caption, the other branch of guidance; image tokens stay."""
         null = self.null_text
         return conditioning.replace_text(cond, null.text[None], null.text_mask[None], null.pooled[None])
 

@@ -38,6 +38,7 @@ class DataConfig:
       height, width, num_frames, fps: the size of clips that are composed, drawn or prepared here. Prepared ones have
         their own.
       text_length: tokens of random records.
+      image_tokens: how many of these are rows of the first frame, in front. Prepared records have their own number.
       encoders: the weights folder whose VAE and text encoder prepare latents; empty prepares raw frames.
       threads: readers ahead of training; 0 reads when asked.
     """
@@ -51,12 +52,15 @@ class DataConfig:
     num_frames: int = 17
     fps: float = 8.0
     text_length: int = 16
+    image_tokens: int = 0
     encoders: str = ""
     threads: int = 4
 
     def __post_init__(self) -> None:
         if min(self.image_batch, self.video_batch) < 0 or self.image_batch + self.video_batch == 0:
             raise ValueError("image_batch and video_batch must not be negative, and one of them positive")
+        if not 0 <= self.image_tokens < self.text_length:
+            raise ValueError(f"image_tokens are some of the {self.text_length} of text_length, got {self.image_tokens}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +84,12 @@ class RandomRecords:
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng(index)
         config, shape = self._config, self._shape
+        own = config.text_length - config.image_tokens
         size = (self._frames, config.height // 8, config.width // 8, shape.channels)
         return {
             "latents": rng.standard_normal(size, np.float32).astype(np.float16),
             "text": rng.standard_normal((config.text_length, shape.text_width), np.float32).astype(np.float16),
-            "text_mask": np.arange(config.text_length) < rng.integers(1, config.text_length + 1),
+            "text_mask": np.arange(config.text_length) < config.image_tokens + rng.integers(1, own + 1),
             "pooled": rng.standard_normal(shape.pooled_width, np.float32).astype(np.float16),
             "anchor": rng.integers(0, 256, (config.height, config.width, 3), np.uint8),
         }
@@ -116,13 +121,30 @@ def make_batches(config: DataConfig, *, seed: int, shape: RecordShape | None = N
     )
 
 
+def image_tokens(config: DataConfig) -> int:
+    """How many leading text states of a latent record are rows of its first frame.
+
+    Raises:
+      UserError: images are to be trained on where there are such rows: their captions have read the picture.
+    """
+    count = _image_tokens(config, config.path)
+    if config.image_batch and (count or _image_tokens(config, config.image_path or config.path)):
+        raise UserError(
+            "the text states were read with a picture, and images are made from text alone: "
+            "set config.data.image_batch to 0"
+        )
+    return count
+
+
 def null_text(config: DataConfig, shape: RecordShape) -> dict[str, np.ndarray]:
-    """The text states of the empty caption: text (s, e), text_mask (s,), pooled (p,)."""
+    """The text states of the empty caption without rows of a picture: text (s, e), text_mask (s,), pooled (p,)."""
     if config.path == RANDOM:
-        length = config.text_length
+        length = config.text_length - config.image_tokens
         states = np.zeros((length, shape.text_width), np.float32)
         return {"text": states, "text_mask": np.arange(length) < 1, "pooled": np.zeros(shape.pooled_width, np.float32)}
-    return open_cache(config.path, "latent").null_text()
+    cache = open_cache(config.path, "latent")
+    null, count = cache.null_text(), cache.image_tokens
+    return {**null, "text": null["text"][count:], "text_mask": null["text_mask"][count:]}
 
 
 def open_cache(path: str, kind: str | None = None) -> Cache:
@@ -142,6 +164,10 @@ def arrays(batch: Any) -> Any:
         part: {name: value for name, value in record.items() if isinstance(value, np.ndarray)}
         for part, record in batch.items()
     }
+
+
+def _image_tokens(config: DataConfig, path: str) -> int:
+    return config.image_tokens if path == RANDOM else open_cache(path, "latent").image_tokens
 
 
 def _video_sources(config: DataConfig, shape: RecordShape | None) -> tuple[Source, ...]:

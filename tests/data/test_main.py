@@ -2,8 +2,14 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from magic141_jax.data.cache import Cache
+from magic141_jax.pipelines.components import load_components
+from magic141_jax.pipelines.engine import Engine
+from magic141_jax.pipelines.options import resolve
+from tests import published_pipelines
+from tests.published_text import PROMPTS
 
 
 @pytest.fixture
@@ -71,6 +77,41 @@ def test_weights_give_latents_of_the_sizes_they_were_made_for(call, clip_folder,
     assert {k: (v.shape, v.dtype) for k, v in null.items()} == {k: (record[k].shape, record[k].dtype) for k in null}
     assert record["text"].shape[0] == 7
     assert record["text_mask"].sum() > null["text_mask"].sum()
+
+
+@pytest.mark.heavy
+def test_published_weights_read_each_clips_first_frame(call, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    published_pipelines.write(tmp_path / "weights", "concat")
+    (tmp_path / "clips").mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        pictures = [Image.fromarray(rng.integers(0, 256, (32, 48, 3), np.uint8)) for _ in range(5)]
+        pictures[0].save(tmp_path / "clips" / f"{name}.webp", save_all=True, append_images=pictures[1:], lossless=True)
+        pictures[0].save(tmp_path / "clips" / f"{name}.png")
+    files = "".join(f"{name},{PROMPTS[0]}\n" for name in ("a.webp", "b.webp", "a.png"))
+    (tmp_path / "clips" / "captions.csv").write_text("file,caption\n" + files)
+    made_by = ("--weights", tmp_path / "weights", "--size", "32x48", "--num_frames", "5", "--fps", "0")
+    code, stderr = call("prepare", tmp_path / "clips", tmp_path / "out", *made_by, "--text_length", "7")
+    assert code == 2 and "--text_length" in stderr
+    code, stderr = call("prepare", tmp_path / "clips", tmp_path / "out", *made_by)
+    assert code == 0, stderr
+    cache = Cache(tmp_path / "out")
+    assert cache.image_tokens == 288 and cache.groups == ("videos",)
+    first, second = (cache.source("videos")[i] for i in range(2))
+    assert first["latents"].shape == (2, 4, 6, 16) and first["text"].shape == (540, 32)
+    components = load_components(tmp_path / "weights")
+    options = resolve({"height": 32, "width": 48, "num_frames": 5, "guidance_scale": 3.0}, components)
+    pictures = [record["anchor"].astype(np.float32) / 255 for record in (first, second)]
+    assert not np.array_equal(*pictures)
+    want = Engine(components).encode_text([PROMPTS[0]] * 2, options, images=pictures)
+    for name, have in (("text", "states"), ("text_mask", "mask"), ("pooled", "pooled")):
+        states = [*getattr(want.positive, have), getattr(want.negative, have)[0]]
+        for record, expected in zip((first, second, cache.null_text()), states, strict=True):
+            np.testing.assert_allclose(record[name].astype(np.float32), expected, rtol=1e-3, atol=1e-3)
+    apart = np.abs(first["text"].astype(np.float32) - second["text"])[first["text_mask"]].max(-1)
+    assert (apart > 0.01).mean() > 0.99, "picture rows and prompt rows alike have read the clip's own picture"
 
 
 def test_a_good_run_ends_with_0(call, clip_folder, tmp_path):

@@ -24,21 +24,31 @@ REASONS = {
 }
 
 
-def fake_encoders(sizes):
-    """Latents: the mean colour of 4 x 4 patches of every fourth frame. Text: a vector of the caption's length."""
+def fake_encoders(sizes, image_tokens=0):
+    """Latents: the mean colour of 4 x 4 patches of every fourth frame. Text: a vector of the caption's length.
+
+    Image rows: the picture's mean; the caption's rows have read it, so it is added to them.
+    """
 
     def frames(clips):
         sizes.append(len(clips))
         b, _, y, x, c = clips.shape
         return clips[:, ::4].reshape(b, -1, y // 8, 8, x // 8, 8, c).mean(axis=(3, 5)) / 255
 
-    def text(captions):
+    def text(captions, pictures):
         sizes.append(len(captions))
         lengths = np.array([len(caption) for caption in captions], np.float32)
         mask = np.arange(6) < np.minimum(lengths, 6)[:, None]
-        return np.repeat(lengths[:, None, None], 6, 1).repeat(4, 2), mask, lengths[:, None].repeat(4, 1)
+        states = np.repeat(lengths[:, None, None], 6, 1).repeat(4, 2)
+        if image_tokens:
+            means = np.array([picture.mean() for picture in pictures], np.float32)[:, None, None]
+            states = np.concatenate([np.broadcast_to(means, (2, image_tokens, 4)), states + means], 1)
+            mask = np.concatenate([np.ones((2, image_tokens), bool), mask], 1)
+        else:
+            assert pictures is None
+        return states, mask, lengths[:, None].repeat(4, 1)
 
-    return Encoders(frames, text, batch_size=2)
+    return Encoders(frames, text, batch_size=2, image_tokens=image_tokens)
 
 
 def test_raw_clips_and_the_account_of_what_was_left_out(clip_folder, tmp_path):
@@ -73,11 +83,42 @@ def test_latents_are_encoded_in_full_batches_and_feed_the_loader(clip_folder, tm
         assert (record["text"] == len(record["caption"])).all() and record["text"].dtype == np.float16
         assert record["text_mask"].dtype == bool and record["anchor"].shape == (32, 32, 3)
         np.testing.assert_allclose(record["latents"][0].mean(), record["anchor"].mean() / 255, atol=1e-3)
+    assert cache.metadata["image_tokens"] == cache.image_tokens == 0
     assert not cache.null_text()["text_mask"].any() and (cache.null_text()["pooled"] == 0).all()
     streams = {"image": Stream(cache.sources("images"), 2), "video": Stream(cache.sources("videos"), 4)}
     batch = next(batches(streams, seed=0))
     assert set(batch["video"]) == {"latents", "text", "text_mask", "pooled", "anchor"}
     assert batch["video"]["latents"].shape == (4, 2, 4, 4, 3) and batch["image"]["latents"].shape == (2, 1, 4, 4, 3)
+
+
+def test_a_picture_reading_encoder_sees_each_clips_own_first_frame(tmp_path):
+    def sample(grey, frames=5, **rest):
+        return {
+            "frames": np.full((frames, 32, 32, 3), grey, np.uint8) // (1 + np.arange(frames))[:, None, None, None]
+        } | rest
+
+    anchor = np.full((32, 32, 3), 255, np.uint8)
+    clips = [
+        sample(51, caption="same"),
+        sample(102, caption="same", captions=["same", "other one"]),
+        sample(204, caption="same", anchor=anchor),
+        sample(204, frames=1, caption="same"),
+    ]
+    report = prepare(clips, tmp_path / "out", metadata={}, encoders=fake_encoders([], image_tokens=2))
+    assert [(item.name, item.reason) for item in report.left_out] == [("item 3", "a single image")]
+    made = Cache(tmp_path / "out")
+    assert made.image_tokens == made.metadata["image_tokens"] == 2 and made.groups == ("videos",)
+    records = [made.source("videos", strings=True)[i] for i in range(4)]
+    assert [record["caption"] for record in records] == ["same", "same", "other one", "same"]
+    for record, value in zip(records, (0.2, 0.4, 0.4, 1.0), strict=True):
+        assert record["text"].shape == (8, 4) and record["text_mask"][:2].all()
+        np.testing.assert_allclose(record["text"][:2], value, atol=1e-3)
+        np.testing.assert_allclose(record["text"][2:], len(record["caption"]) + value, atol=1e-2)
+        np.testing.assert_allclose(record["anchor"] / 255, value)
+    null = made.null_text()
+    assert null["text"].shape == (8, 4) and (null["text"] == 0).all() and null["text_mask"].sum() == 2
+    with pytest.raises(UserError, match="no clip could be kept: 1 a single image; first: item 0 these weights animate"):
+        prepare(clips[3:], tmp_path / "images", metadata={}, encoders=fake_encoders([], image_tokens=2))
 
 
 def test_latents_that_overflow_are_left_out(clip_folder, tmp_path):

@@ -1,10 +1,13 @@
 """Captions dropped at their rate, history noise on known frames only, image tokens only for those who know a frame."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magic141_jax.diffusion.guidance import branches
 from magic141_jax.models.image_encoder import ImageEncoder, ImageEncoderConfig
 from magic141_jax.models.network import Network
 from magic141_jax.train.conditioner import Conditioner, ConditioningConfig, NullText, as_float, weighted_mean
@@ -12,28 +15,54 @@ from magic141_jax.train.conditioner import Conditioner, ConditioningConfig, Null
 NULL = NullText(jnp.zeros((3, 8)), jnp.array([True, False, False]), jnp.zeros(6))
 
 
-def conditioner(**config):
+def conditioner(image_rows=0, **config):
     image = ImageEncoderConfig(patch=8, width=8, layers=1, heads=2, mlp=16, text_width=8)
-    return Conditioner(ConditioningConfig(**config), Network.create(ImageEncoder, image), NULL)
+    return Conditioner(ConditioningConfig(**config), Network.create(ImageEncoder, image), NULL, image_rows)
 
 
-def record(b, f):
+def record(b, f, image_rows=0):
     rng = np.random.default_rng(0)
+    s = image_rows + 3
     return {
         "latents": jnp.asarray(rng.normal(size=(b, f, 4, 4, 4)), jnp.float16),
-        "text": jnp.asarray(rng.normal(size=(b, 3, 8)), jnp.float16),
-        "text_mask": jnp.ones((b, 3), bool),
+        "text": jnp.asarray(rng.normal(size=(b, s, 8)), jnp.float16),
+        "text_mask": jnp.ones((b, s), bool),
         "pooled": jnp.asarray(rng.normal(size=(b, 6)), jnp.float16),
         "anchor": jnp.asarray(rng.integers(0, 256, (b, 16, 16, 3)), jnp.uint8),
     }
 
 
 def test_captions_are_dropped_at_the_given_rate():
-    text, mask, pooled = conditioner(caption_dropout=0.25).drop_captions(record(2000, 1), jax.random.key(0))
-    dropped = np.asarray((pooled == 0).all(-1))
+    made, given = conditioner(caption_dropout=0.25), record(2000, 1)
+    cond = made.condition(None, given, jax.random.key(0), jnp.zeros(2000, int), image_tokens=False)
+    dropped = np.asarray((cond.pooled == 0).all(-1))
     assert 0.2 < dropped.mean() < 0.3
-    np.testing.assert_array_equal(dropped, np.asarray((text == 0).all((1, 2))))
-    np.testing.assert_array_equal(dropped, np.asarray(mask.sum(-1) == 1))
+    np.testing.assert_array_equal(dropped, np.asarray((cond.text == 0).all((1, 2))))
+    np.testing.assert_array_equal(dropped, np.asarray(cond.text_mask.sum(-1) == 1))
+    np.testing.assert_array_equal(cond.text[~dropped], given["text"][~dropped])
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_cached_image_rows_stay_when_the_caption_goes(encoded):
+    rows, given, known = 4, record(64, 3, image_rows=4), jnp.arange(64) % 3
+    made = conditioner(image_rows=rows, caption_dropout=0.5)
+    encoder = made.image_encoder.init(jax.random.key(0)) if encoded else None
+    made = made if encoded else dataclasses.replace(made, image_encoder=None)
+    cond = made.condition(encoder, given, jax.random.key(0), known, image_tokens=True)
+    before = int(encoded)  # one token of 16 x 16 pixels
+    assert cond.image_tokens == before + rows and cond.text.shape == (64, before + rows + 3, 8)
+    dropped = np.asarray((cond.pooled == 0).all(-1))
+    assert 0 < dropped.sum() < 64
+    for other in (cond, made.negative(cond)):
+        np.testing.assert_array_equal(other.text[:, before:-3], given["text"][:, :rows])
+        np.testing.assert_array_equal(other.text_mask[:, :-3], np.repeat(known[:, None] > 0, before + rows, 1))
+    np.testing.assert_array_equal(cond.text[~dropped, -3:], given["text"][~dropped, rows:])
+    assert (cond.text[dropped, -3:] == 0).all() and (made.negative(cond).text[:, -3:] == 0).all()
+    guided = branches(lambda x, t, c: c.text, made.negative(cond))(cond.known, jnp.ones(64), cond)
+    np.testing.assert_array_equal(guided[1][:, :-3], cond.text[:, :-3])
+    alone = made.condition(encoder, given, None, known, image_tokens=False)
+    assert alone.image_tokens == 0 and alone.text_mask.shape == (64, 3)
+    np.testing.assert_array_equal(alone.text, given["text"][:, rows:])
 
 
 def test_history_noise_touches_known_frames_only():

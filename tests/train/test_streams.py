@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from magic141_jax.data import cache
 from magic141_jax.errors import UserError
@@ -43,6 +44,37 @@ def test_random_records_have_the_shapes_of_prepared_ones():
     assert null["text"].shape == (3, 6) and null["text_mask"].sum() == 1 and null["pooled"].shape == (5,)
 
 
+def test_image_rows_are_some_of_the_text_states(tmp_path):
+    sizes = {"height": 16, "width": 16, "num_frames": 5, "text_length": 7, "image_tokens": 4}
+    config = DataConfig(path="random", video_batch=8, threads=0, **sizes)
+    assert streams.image_tokens(config) == 4
+    mask = next(streams.make_batches(config, seed=0, shape=SHAPE))["video"]["text_mask"]
+    assert mask.shape == (8, 7) and mask[:, :5].all() and not mask.all()
+    null = streams.null_text(config, SHAPE)
+    assert null["text"].shape == (3, 6) and null["text_mask"].sum() == 1
+    for name, metadata in {"old": {}, "new": {"image_tokens": 1}}.items():
+        with cache.writing(tmp_path / name) as writer:
+            writer.metadata = {"kind": "latent", **metadata}
+            writer.add("videos", "16x16x9", record(0, 3))
+            text = {**record(0, 3), "text": np.arange(18, dtype=np.float16).reshape(3, 6)}
+            (writer.folder / cache.NULL_TEXT).write_bytes(save({k: text[k] for k in ("text", "text_mask", "pooled")}))
+    old, new = (DataConfig(path=str(tmp_path / name)) for name in ("old", "new"))
+    assert streams.image_tokens(old) == 0 and streams.null_text(old, SHAPE)["text"].shape == (3, 6)
+    assert streams.image_tokens(new) == 1 and streams.null_text(new, SHAPE)["text_mask"].shape == (2,)
+    np.testing.assert_array_equal(streams.null_text(new, SHAPE)["text"], np.arange(6, 18).reshape(2, 6))
+
+
+def test_images_have_no_place_where_captions_have_read_a_picture(videos, tmp_path):
+    with cache.writing(tmp_path / "rows") as writer:
+        writer.metadata = {"kind": "latent", "image_tokens": 1}
+        writer.add("videos", "16x16x9", record(0, 3))
+    rows = str(tmp_path / "rows")
+    for wrong in ({"path": rows}, {"path": videos, "image_path": rows}, {"path": rows, "image_path": videos}):
+        with pytest.raises(UserError, match=r"set config\.data\.image_batch to 0"):
+            streams.image_tokens(DataConfig(image_batch=2, **wrong))
+        assert streams.image_tokens(DataConfig(**wrong)) == (wrong["path"] == rows)
+
+
 def test_images_are_first_frames_where_there_are_none(videos):
     config = DataConfig(path=videos, image_batch=4, video_batch=4, threads=0)
     batch = next(streams.make_batches(config, seed=0))
@@ -78,3 +110,5 @@ def test_wrong_data_is_refused(videos, tmp_path):
         streams.make_batches(DataConfig(path=str(tmp_path)), seed=0)
     with pytest.raises(ValueError, match="must not be negative"):
         DataConfig(image_batch=0, video_batch=0)
+    with pytest.raises(ValueError, match="image_tokens are some of the 3"):
+        DataConfig(text_length=3, image_tokens=3)
