@@ -35,6 +35,7 @@ def get_config():
     return student(
         {
             "name": "dmd",
+            "walk": {**WALK, "judged": "end"},  # after the first phase, x0 before the last step is an average
             "guidance": 1.5,
             "score_time": {"kind": "uniform", "shift": 4.0},
             "score_range": (0.15, 0.98),  # below, errors of a predicted sample become large ones of its velocity

@@ -126,9 +126,8 @@ class DMD(Distillation):
         config = self.config
         data = record["latents"].astype(jnp.float32)
         cond = self.backbone.conditioning(params, part, record, cond_key)
-        student = [self.backbone.velocity(params, STUDENT, trained=trained) for trained in (False, True)]
-        x, t = rollout.start(config.walk, student[0], cond, data, start_key)
-        x = rollout.finish(student[1], cond, data, x, t)
+        velocities = (self.backbone.velocity(params, STUDENT, trained=trained) for trained in (False, True))
+        x = rollout.draw(config.walk, *velocities, cond, data, key=start_key)
         losses, metrics = {STUDENT: jnp.zeros(())}, {}
         if config.matching:
             g, sizes = self.score_gradient(params, jax.lax.stop_gradient(x), cond, data, score_key)

@@ -7,7 +7,11 @@ t_e without gradient, by the step that sampling will use,
     euler     x_{i+1} = x_i + (t_{i+1} - t_i) v(x_i, t_i)
 
 and its x0 at t_e, with gradient, is the sample that losses see. Without backward simulation x_{t_e} is noised data.
-A checkpoint records the walk that it was trained for (`SamplingSettings`).
+
+That takes x0 for a sample of the data, which it becomes under re-noising. The x0 of a student that has learned to
+follow a path by Euler steps is an average until the last one, and would have to be unlearned. Its sample is where the
+whole walk ends, x_n (judged = "end"), with the gradient through all n steps; each is computed again on the way back,
+so that no more than one is held. A checkpoint records the walk that it was trained for (`SamplingSettings`).
 """
 
 from __future__ import annotations
@@ -33,16 +37,20 @@ class WalkConfig:
       shift: of the grid of times; 5 gives Magic 1-For-1's [1, .9375, .8333, .625, 0].
       sampler: the step between them.
       backward_simulation: whether the student walks to the exit itself; else noised data stands there.
+      judged: what losses see of a walk: the "prediction" x0 at a random exit, or its "end".
     """
 
     steps: int = 4
     shift: float = 5.0
     sampler: Literal["renoise", "euler"] = "renoise"
     backward_simulation: bool = True
+    judged: Literal["prediction", "end"] = "prediction"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.shift <= 0:
             raise ValueError(f"steps and shift must be positive, got {self.steps} and {self.shift}")
+        if self.judged == "end" and not self.backward_simulation:
+            raise ValueError("judged='end' is the end of a walk from noise; it needs backward_simulation")
 
     @property
     def times(self) -> Float[Array, " steps+1"]:
@@ -57,6 +65,25 @@ class WalkConfig:
             "sampler": self.sampler,
             "guidance_scale": 1.0,
         }
+
+
+def draw(
+    config: WalkConfig, walk: Velocity, student: Velocity, cond: Conditioning, data: Latents, *, key: jax.Array
+) -> Latents:
+    """The sample (b, f, h, w, c) that losses see, see `WalkConfig.judged`; the known frames of `data` stand in it.
+
+    Args:
+      config: the steps.
+      walk: the student's velocity, its parameters constants.
+      student: the same, to be differentiated.
+      cond: the conditioning.
+      data: latents of the same captions: shape, known frames, and what `start` takes of them.
+      key: of the exit and of all noise.
+    """
+    if config.judged == "prediction":
+        return finish(student, cond, data, *start(config, walk, cond, data, key))
+    made = generate(config, jax.checkpoint(student), cond, data.shape, key, keep=False)
+    return _with_known(made, cond, data)
 
 
 def start(
@@ -89,7 +116,7 @@ def start(
 def finish(student: Velocity, cond: Conditioning, data: Latents, x: Latents, t: Times) -> Latents:
     """The student's x0 at (x, t), the known frames of `data` put back clean: the generated sample, with gradient."""
     made = flow.sample_from_velocity(x, t, student(x, t, cond).astype(jnp.float32))
-    return jnp.where(cond.mask > 0, data.astype(jnp.float32), made)
+    return _with_known(made, cond, data)
 
 
 def generate(
@@ -108,3 +135,7 @@ def generate(
     noise_key, step_key = jax.random.split(key)
     noise = flow.draw_noise(noise_key, shape)
     return samplers.sample(velocity, cond, noise, config.times, sampler=config.sampler, key=step_key, keep=keep)
+
+
+def _with_known(made: Latents, cond: Conditioning, data: Latents) -> Latents:
+    return jnp.where(cond.mask > 0, data.astype(jnp.float32), made)

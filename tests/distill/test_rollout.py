@@ -69,6 +69,31 @@ def test_a_sample_has_a_gradient_and_clean_known_frames():
     assert float(jax.grad(lambda a: made(a).sum())(0.5)) == pytest.approx(-(0.5 + 1.0) * 2 * 16)
 
 
+@pytest.mark.parametrize("sampler", ["renoise", "euler"])
+def test_the_end_of_a_walk_has_the_gradient_of_all_its_steps(sampler):
+    """By a finite difference of the whole walk, which the detached walk has no part in."""
+    config, cond, key = WalkConfig(steps=3, sampler=sampler, judged="end"), conditioning(known=1), jax.random.key(1)
+    data = jax.random.normal(jax.random.key(0), SHAPE)
+
+    def made(a):
+        return rollout.draw(config, None, lambda x, t, cond: jnp.sin(a * x), cond, data, key=key)
+
+    np.testing.assert_array_equal(made(0.5)[:, 0], data[:, 0])
+    whole = rollout.generate(config, lambda x, t, cond: jnp.sin(0.5 * x), cond, SHAPE, key)
+    np.testing.assert_allclose(made(0.5)[:, 1:], whole[:, 1:], atol=1e-6)
+    numeric = (made(0.5 + 1e-2) - made(0.5 - 1e-2)).sum() / 2e-2
+    assert float(jax.grad(lambda a: made(a).sum())(0.5)) == pytest.approx(float(numeric), rel=1e-2)
+    with pytest.raises(ValueError, match="needs backward_simulation"):
+        WalkConfig(judged="end", backward_simulation=False)
+
+
+def test_a_prediction_is_drawn_at_an_exit():
+    config, cond, data, key = WalkConfig(steps=2), conditioning(), jnp.zeros(SHAPE), jax.random.key(4)
+    x, t = rollout.start(config, velocity, cond, data, key)
+    drawn = rollout.draw(config, velocity, velocity, cond, data, key=key)
+    np.testing.assert_array_equal(drawn, rollout.finish(velocity, cond, data, x, t))
+
+
 def test_generation_is_the_whole_walk():
     config, cond, key = WalkConfig(steps=3, sampler="euler"), conditioning(), jax.random.key(3)
     made = rollout.generate(config, velocity, cond, SHAPE, key)
