@@ -4,7 +4,7 @@ Part: as configs/hunyuan13b_distil_tpu.py, which says what is trained and how.
 Data: as there.
 Command: python train.py --config=configs/hunyuan13b_distil_h100.py --workdir=runs/13b --config.data.path=DATA
   --config.teacher=hunyuanvideo-community/HunyuanVideo-I2V-33ch (one line)
-Hardware: docs/layouts.md says what fits, by the compiler; it has never been run. To look yourself:
+Hardware: never run, nor compiled whole; docs/layouts.md says what lies on each GPU. To look yourself:
   python -m magic141_jax.aot --config=configs/hunyuan13b_distil_h100.py --topology=h100:8
 Expected: as there.
 """

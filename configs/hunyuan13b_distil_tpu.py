@@ -1,4 +1,4 @@
-"""Four-step distillation of the published 13B image-to-video network, on a TPU slice: v5p:2x2x2 and larger.
+"""Four-step distillation of the published 13B image-to-video network, on a TPU slice of 8 chips, v5p:2x2x2.
 
 Part: section 4 of the paper, with the memory plan of MagicDistillation (arXiv 2503.13319): one frozen bfloat16 backbone
 is teacher, student and fake score at once, the last two by an adapter each. Learning rates, ratio, ranges of s and
@@ -7,8 +7,9 @@ Data: clips of 544x960 and 81 frames prepared with the teacher's own VAE and tex
   states hold the image rows (288) and the prompt's (252).
 Command: python train.py --config=configs/hunyuan13b_distil_tpu.py --workdir=runs/13b --config.data.path=DATA
   --config.teacher=hunyuanvideo-community/HunyuanVideo-I2V-33ch (one line, on every host)
-Hardware: docs/layouts.md says what fits, by the compiler; it has never been run. Before you rent anything:
+Hardware: never run; by the compiler it fits 8 chips of v5p (docs/layouts.md). Before you rent anything:
   python -m magic141_jax.aot --config=configs/hunyuan13b_distil_tpu.py --topology=v5p:2x2x2
+  On 16 chips add --config.train.accumulate=4; on chips of 32 GiB try --config.data.num_frames=33.
 Expected: a student that samples in four Euler steps on [1, .9375, .8333, .625, 0] without guidance; 1,000 steps are 200
   updates of it. No numbers yet.
 The other published layout replaces tokens instead and is guided by an embedding: add --config.model.in_channels=16
