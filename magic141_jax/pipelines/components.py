@@ -40,7 +40,7 @@ from magic141_jax.pipelines.media import Fit
 from magic141_jax.pytree import Params, cast, require_match
 
 DEFAULT = "default"
-DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "weights" / "emoji64"
+DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "weights" / "emoji64_4step"
 TEXT_ENCODERS = {"bert": MiniLMTextEncoder.from_folder}
 CACHE_VARIABLE = "MAGIC141_JAX_CACHE"
 SEAM = ("out_channels", "text_width", "pooled_width")  # config fields that the other components have to agree with
