@@ -1,7 +1,7 @@
 """The embedded default's student, first phase: each of its four steps learns two guided steps of the teacher.
 
-Part: between sections 3.2 and 3.3 of the paper: guidance and eight steps of the teacher go into four, noise by noise, so
-that motion and diversity stay; configs/emoji64_distil.py starts from here. Eight, since fifty guided steps of this
+Part: between sections 3.2 and 3.3 of the paper: guidance and eight steps of the teacher go into four, noise by noise,
+so that motion and diversity stay; configs/emoji64_distil.py starts from here. Eight, since fifty guided steps of this
 teacher overdraw detail: with four substeps a student came no nearer to the subject than the teacher's fifty.
 Data: as for configs/emoji64.py.
 Command: python train.py --config=configs/emoji64_trajectory.py --workdir=runs/trajectory

@@ -64,6 +64,7 @@ def measure(config: ConfigDict, made: topology.Topology, *, name: str) -> dict[s
     """The results of a config's step on a topology, compiled where it can be."""
     experiment = program.open_experiment(config.to_dict(), made)
     given = program.inputs(experiment)
+    step = program.traced(experiment, given)
     results = {
         "config": name,
         "topology": made.name,
@@ -72,8 +73,9 @@ def measure(config: ConfigDict, made: topology.Topology, *, name: str) -> dict[s
         "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),
         **program.describe(experiment, given),
+        **program.operations(step, made),
     }
-    return results | (program.compiled(experiment, given, made) if made.compiles else {})
+    return results | (program.compiled(step, made) if made.compiles else {})
 
 
 def _write_table(folder: Path, page: str | None) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from magic141_jax import sharding
-from magic141_jax.aot import hlo
+from magic141_jax.aot import flops, hlo
 from magic141_jax.aot.topology import Topology
 from magic141_jax.errors import UserError
 from magic141_jax.experiment import RULES, Experiment, record_shape
@@ -83,7 +83,7 @@ def held(given: Inputs) -> dict[str, int]:
 
 
 def describe(experiment: Experiment, given: Inputs) -> Results:
-    """What is known of a step before it is compiled: clips, mesh, and what lies on each device between steps."""
+    """What is known of a step before it is traced: clips, mesh, and what lies on each device between steps."""
     config, mesh = experiment.config, experiment.mesh
     return {
         "method": config.method["name"],
@@ -95,15 +95,26 @@ def describe(experiment: Experiment, given: Inputs) -> Results:
     }
 
 
-def compiled(experiment: Experiment, given: Inputs, topology: Topology) -> Results:
-    """Compiles step 0 and measures it; bytes and FLOPs are of one device.
+def traced(experiment: Experiment, given: Inputs) -> Any:
+    """Step 0, traced (`jax.stages.Traced`)."""
+    config, method = experiment.config, experiment.method
+    step = jit_step(method, experiment.optimizers, accumulate=config.train.accumulate, layout=experiment.layout)
+    return step.trace(given.state, given.batch, given.frozen, active=active_roles(method, 0))
+
+
+def operations(step: Any, topology: Topology) -> Results:
+    """Of a `traced` step: its operations (`flops`), of all devices, and their seconds at the published rate."""
+    found = flops.count(step.jaxpr)
+    return {"flops": found, "seconds_at_peak": found / (topology.chip.rate * len(topology.devices))}
+
+
+def compiled(step: Any, topology: Topology) -> Results:
+    """Compiles a `traced` step and measures it; bytes are of one device.
 
     Where the compiler finds no place for the program, "refused" is its first line and the measures are left out.
     """
-    config, method = experiment.config, experiment.method
-    step = jit_step(method, experiment.optimizers, accumulate=config.train.accumulate, layout=experiment.layout)
     start = time.perf_counter()
-    lowered = step.lower(given.state, given.batch, given.frozen, active=active_roles(method, 0))
+    lowered = step.lower()
     middle = time.perf_counter()
     seconds = {"lower": round(middle - start, 1)}
     try:
@@ -114,12 +125,10 @@ def compiled(experiment: Experiment, given: Inputs, topology: Topology) -> Resul
         return {"seconds": seconds, "fits": False, "refused": " ".join(str(error).split())[:300]}
     seconds["compile"] = round(time.perf_counter() - middle, 1)
     memory = _memory(made.memory_analysis())
-    cost = made.cost_analysis() or {}
     return {
         "seconds": seconds,
         "memory": memory,
         "fits": memory["total"] <= topology.chip.memory,
-        "flops_once": cost.get("flops"),
         "collectives": hlo.collectives(made.as_text()),
     }
 

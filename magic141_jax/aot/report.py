@@ -21,6 +21,8 @@ COLUMNS = (
     "temporaries",
     "needed / HBM",
     "verdict",
+    "10^15 operations a chip",
+    "seconds at peak",
     "collectives",
     "compiled in",
 )
@@ -36,8 +38,8 @@ def summary(results: Mapping[str, Any]) -> str:
     lines += [f"  {name:<24}{_gib(size):>10}" for name, size in results.get("memory", {}).items()]
     for kind, found in results.get("collectives", {}).items():
         lines.append(f"  {kind:<24}{_gib(found['bytes']):>10} GiB in {found['count']}")
-    if results.get("flops_once"):
-        lines.append(f"  {'floating-point ops':<24}{results['flops_once']:>10.3g} with every loop's body counted once")
+    lines.append(f"  {'10^15 operations a chip':<24}{_operations(results):>10}")
+    lines.append(f"  {'seconds at peak':<24}{results['seconds_at_peak']:>10.3g}")
     if "refused" in results:
         lines.append(f"the compiler refuses: {results['refused']}")
     return "\n".join([*lines, f"{_verdict(results)}: {_needed(results)} GiB needed / of a chip"])
@@ -45,7 +47,10 @@ def summary(results: Mapping[str, Any]) -> str:
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table, a row a result; GiB are of one chip."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- | --- | --- |" + " ---: |" * 5 + " --- | --- | ---: |"]
+    lines = [
+        "| " + " | ".join(COLUMNS) + " |",
+        "| --- | --- | --- |" + " ---: |" * 5 + " --- | ---: | ---: | --- | ---: |",
+    ]
     return "\n".join([*lines, *("| " + " | ".join(_row(r)) + " |" for r in results)])
 
 
@@ -86,6 +91,8 @@ def _row(results: Mapping[str, Any]) -> list[str]:
         _gib(memory.get("temporaries")),
         _needed(results),
         _verdict(results),
+        _operations(results),
+        f"{results['seconds_at_peak']:.3g}",
         ", ".join(collectives) or UNKNOWN,
         UNKNOWN if seconds is None else f"{seconds:.0f} s",
     ]
@@ -102,6 +109,10 @@ def _clip(results: Mapping[str, Any]) -> str:
 
 def _needed(results: Mapping[str, Any]) -> str:
     return f"{_gib(results.get('memory', {}).get('total'))} / {_gib(results['chip_memory'])}"
+
+
+def _operations(results: Mapping[str, Any]) -> str:
+    return f"{results['flops'] / results['chips'] / 1e15:.3g}"
 
 
 def _verdict(results: Mapping[str, Any]) -> str:

@@ -28,25 +28,27 @@ class Chip:
 
     Attributes:
       memory: bytes of its HBM.
+      rate: of its matrix units in bfloat16, operations a second.
       dimensions: of the torus that a slice of them is; 0 for GPUs, which are counted.
       options: what the TPU compiler wants besides.
     """
 
     memory: int
+    rate: float
     dimensions: int
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 ONE_DEVICE = {"chip_config_name": "megacore"}  # both cores of a chip are one device
 
-# HBM of a chip: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "System architecture"; the GPU's is what CUDA reports on
-# an H100 SXM of 80 GB (NVIDIA's data sheet), a little less than that.
+# HBM and rate of a chip: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "System architecture"; the GPU's HBM is what CUDA
+# reports on an H100 SXM of 80 GB (NVIDIA's data sheet), a little less than that, and its rate is without sparsity.
 CHIPS = {
-    "v4": Chip(32 * GIB, 3, ONE_DEVICE),
-    "v5e": Chip(16 * GIB, 2),
-    "v5p": Chip(95 * GIB, 3, ONE_DEVICE),
-    "v6e": Chip(32 * GIB, 2),
-    "h100": Chip(84929347584, 0),
+    "v4": Chip(32 * GIB, 275e12, 3, ONE_DEVICE),
+    "v5e": Chip(16 * GIB, 197e12, 2),
+    "v5p": Chip(95 * GIB, 459e12, 3, ONE_DEVICE),
+    "v6e": Chip(32 * GIB, 918e12, 2),
+    "h100": Chip(84929347584, 989e12, 0),
 }
 FULL_HOST = 4  # chips of the smallest slice that the compiler takes for a whole host
 # XLA's description of an H100 SXM (compute capability 9.0), as its GPU compiler wants it in place of a device

@@ -97,6 +97,8 @@ def test_a_step_compiles_for_a_slice(command_line, tmp_path, libtpu):
     assert memory["aliased"] > 0.9 * sum(s for name, s in results["held"].items() if name.startswith("student"))
     assert set(results["collectives"]) & {"all-gather", "collective-permute"}  # weights lie in slices
     assert results["collectives"]["all-reduce"]["bytes"] > 0  # gradients are summed
+    assert results["flops"] > 3 * 2 * 4 * 8 * count(NETWORK.abstract_params["single_blocks"])  # 4 clips, 8 tokens each
+    assert results["seconds_at_peak"] == results["flops"] / (4 * topology.CHIPS["v6e"].rate)
     assert results["command"].endswith("--topology=v6e:2x2 --config.optimizer.b1=0.8")
     page = tmp_path / "page.md"
     page.write_text("\n".join(("# Layouts", *report.MARKERS, "the end")))

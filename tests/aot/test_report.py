@@ -19,12 +19,13 @@ SHAPES = {
     "samples": 1.0,
     "roles": ["student", "fake"],
     "held": {"teacher, frozen": 3 * GIB, "student, parameters": GIB, "student, moments": 2 * GIB, "batch": GIB // 2},
+    "flops": 4e16,
+    "seconds_at_peak": 12.3456,
 }
 MEMORY = {"arguments": 7 * GIB, "temporaries": 40 * GIB, "total": 47 * GIB}
 COMPILED = SHAPES | {
     "memory": MEMORY,
     "fits": True,
-    "flops_once": 1.5e12,
     "collectives": {"all-gather": {"count": 120, "bytes": 25 * GIB}},
     "seconds": {"lower": 3.0, "compile": 90.4},
 }
@@ -37,10 +38,10 @@ def cells(results):
 
 def test_a_row_of_each_kind():
     start = ["tiny, v5p:2x2x2", "fsdp 8", "1 of 544x960x81", "3.00", "3.00"]
-    rest = ["7.00", "40.00", "47.00 / 95.00", "fits", "all-gather 120 (25.00)", "90 s"]
+    rest = ["7.00", "40.00", "47.00 / 95.00", "fits", "5", "12.3", "all-gather 120 (25.00)", "90 s"]
     assert cells(COMPILED) == start + rest
-    assert cells(REFUSED) == [*start, "-", "-", "- / 95.00", "does not fit", "-", "-"]
-    assert cells(SHAPES) == [*start, "-", "-", "- / 95.00", "not compiled", "-", "-"]
+    assert cells(REFUSED) == [*start, "-", "-", "- / 95.00", "does not fit", "5", "12.3", "-", "-"]
+    assert cells(SHAPES) == [*start, "-", "-", "- / 95.00", "not compiled", "5", "12.3", "-", "-"]
     assert len({line.count("|") for line in report.table([COMPILED, REFUSED]).splitlines()}) == 1
 
 
@@ -49,6 +50,7 @@ def test_the_summary_tells_sizes_and_the_verdict():
     assert lines[0] == "tiny on v5p:2x2x2: 8 chips, mesh fsdp 8"
     assert "step 0 of dmd updates student and fake; 1 of 544x960x81 a chip" in lines
     assert "  between steps, in all         6.50 GiB on a chip" in lines
+    assert "  10^15 operations a chip          5" in lines and "  seconds at peak               12.3" in lines
     assert lines[-1] == "fits: 47.00 / 95.00 GiB needed / of a chip"
     assert "the compiler refuses: RESOURCE_EXHAUSTED: it is too large" in report.summary(REFUSED)
 
