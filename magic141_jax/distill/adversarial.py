@@ -4,15 +4,11 @@
     D    = mean over heads and unknown tokens of heads(features of a transformer at x_t, which is held constant)
 
 Real and generated latents are noised alike, with the same t and eps, so that nothing but the latents tells them apart;
-with time high D judges layout and motion, with time low detail (LADD, arXiv 2403.12015). Over a batch, real first:
+with time high D judges layout and motion, with time low detail (LADD, arXiv 2403.12015).
 
-    relativistic      D: softplus(-(D(x) - D(g)))              G: softplus(-(D(g) - D(x)))     arXiv 2501.05441, sec. 2
-    non_saturating    D: softplus(-D(x)) + softplus(D(g))      G: softplus(-D(g))              arXiv 1406.2661
-    hinge             D: relu(1 - D(x)) + relu(1 + D(g))       G: -D(g)                        arXiv 1705.02894
-
-The relativistic loss compares pairs, so that no part of the data can be ceded to one side of a threshold, and converges
-with zero-centred gradient penalties on real (R1) and generated (R2) latents. Their second derivatives through a
-transformer are spared by a finite difference (arXiv 2501.08316, the approximated R1; 2506.09350 uses it for both):
+The relativistic loss (`train/adversarial.py`) converges with zero-centred gradient penalties on real (R1) and generated
+(R2) latents. Their second derivatives through a transformer are spared by a finite difference (arXiv 2501.08316, the
+approximated R1; 2506.09350 uses it for both):
 
     R = E_n mean(((D(x + sigma n) - D(x)) / sigma)^2)  ->  mean |grad_x D|^2 for small sigma, n ~ N(0, 1)
 
@@ -39,52 +35,12 @@ from magic141_jax.models.discriminator import FeatureHeads, FeatureHeadsConfig, 
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import Params
 from magic141_jax.shapes import Latents, Times
+from magic141_jax.train.adversarial import ADVERSARIAL_LOSSES
 
 DISCRIMINATOR = "discriminator"
 Logits = Float[Array, " b"]
-Loss = Callable[[Logits, Logits], jax.Array]
 Judge = Callable[[Latents, Times, Conditioning], Logits]
 """D(x_t (b, f, h, w, c), t (b,), conditioning) -> one logit a sample, high where the latents look real."""
-
-
-def relativistic_discriminator(real: Logits, fake: Logits) -> jax.Array:
-    """Each real sample is to be told from the generated one beside it, best of the same prompt."""
-    return jnp.mean(jax.nn.softplus(fake - real))
-
-
-def relativistic_generator(real: Logits, fake: Logits) -> jax.Array:
-    """The discriminator's loss with the sides exchanged."""
-    return relativistic_discriminator(fake, real)
-
-
-def non_saturating_discriminator(real: Logits, fake: Logits) -> jax.Array:
-    """The cross entropy of real against generated."""
-    return jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))
-
-
-def non_saturating_generator(real: Logits, fake: Logits) -> jax.Array:
-    """-log of the probability that generated samples are real; its gradient stays where they are found out."""
-    del real
-    return jnp.mean(jax.nn.softplus(-fake))
-
-
-def hinge_discriminator(real: Logits, fake: Logits) -> jax.Array:
-    """Samples on the right side of a margin of 1 count no more."""
-    return jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))
-
-
-def hinge_generator(real: Logits, fake: Logits) -> jax.Array:
-    """The logit itself."""
-    del real
-    return -jnp.mean(fake)
-
-
-# Name -> (the discriminator's loss, the generator's loss), both of the logits of (real, generated) samples
-ADVERSARIAL_LOSSES: dict[str, tuple[Loss, Loss]] = {
-    "relativistic": (relativistic_discriminator, relativistic_generator),
-    "non_saturating": (non_saturating_discriminator, non_saturating_generator),
-    "hinge": (hinge_discriminator, hinge_generator),
-}
 
 
 def noised_latents(x0: Latents, noise: Latents, t: Times, cond: Conditioning) -> Latents:

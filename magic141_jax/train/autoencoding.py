@@ -5,7 +5,7 @@
 
 All terms are means over values, with frames in [-1, 1]. The gradient terms keep edges sharp and motion in step; the
 perceptual term is an L1 between Laplacian pyramids of the frames, which weighs coarse structure as much as detail and
-needs no pretrained network. The adversary is a small patch discriminator with a relativistic or a hinge loss.
+needs no pretrained network. The adversary is a small patch discriminator, its loss one of `train/adversarial.py`.
 Clips are cut at random from the batch's frames, 4k + 1 of them, so one batch shape serves every crop.
 """
 
@@ -23,6 +23,7 @@ from magic141_jax.models.network import Network
 from magic141_jax.models.vae import latent_frames, sample_posterior
 from magic141_jax.pytree import Params
 from magic141_jax.shapes import Frames
+from magic141_jax.train.adversarial import ADVERSARIAL_LOSSES
 from magic141_jax.train.conditioner import as_float
 from magic141_jax.train.method import Batch, Metrics, Parts
 
@@ -54,7 +55,7 @@ class AutoencodingConfig:
     perceptual: float = 0.0
     adversarial: float = 0.0
     adversarial_start: int = 0
-    adversarial_loss: Literal["relativistic", "hinge"] = "relativistic"
+    adversarial_loss: Literal["relativistic", "non_saturating", "hinge"] = "relativistic"
     train_encoder: bool = True
     init_records: int = 256
 
@@ -152,12 +153,10 @@ class Autoencoding:
 
     def _adversarial(self, params: Params, restored: Frames, target: Frames) -> tuple[jax.Array, jax.Array]:
         """The generator's and the discriminator's loss."""
-        real = self.discriminator(params, target)
-        fake = self.discriminator(params, restored)
-        detached = self.discriminator(params, jax.lax.stop_gradient(restored))
-        if self.config.adversarial_loss == "relativistic":
-            return jnp.mean(jax.nn.softplus(real - fake)), jnp.mean(jax.nn.softplus(detached - real))
-        return -jnp.mean(fake), jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + detached))
+        of_critic, of_generator = ADVERSARIAL_LOSSES[self.config.adversarial_loss]
+        shown = (target, restored, jax.lax.stop_gradient(restored))
+        real, fake, detached = (self.discriminator(params, frames) for frames in shown)
+        return of_generator(real, fake), of_critic(real, detached)
 
 
 def crop(frames: jax.Array, key: jax.Array, length: int, size: int) -> jax.Array:
