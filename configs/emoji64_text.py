@@ -18,7 +18,7 @@ def get_config():
     config = emoji64.get_config().to_dict()
     config["method"] |= {"known_frames": (1.0,)}
     config["data"] |= {"image_batch": 0, "video_batch": 10}
-    config["optimizer"] |= {"muon_learning_rate": 1.5e-3, "learning_rate": 1e-3, "warmup_steps": 20, "ema_decay": 0.98}
-    config["optimizer"] |= {"decay_fraction": 0.8}
+    config["optimizer"] |= {"muon_learning_rate": 1.5e-3, "learning_rate": 1e-3, "decay_fraction": 0.8}
+    config["optimizer"] |= {"warmup_steps": 20, "ema_decay": 0.98}
     config["train"] |= {"steps": 240, "save_every": 80}
     return make_config(**config | {"init_from": "weights/emoji64"})

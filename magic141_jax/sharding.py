@@ -127,7 +127,7 @@ def batch_size_per_process(batch_size: int, mesh: Mesh) -> int:
     Raises:
       UserError: the batch cannot be split evenly over the mesh; the nearest sizes that can are named.
     """
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = _shards(mesh)
     unit = math.lcm(shards, jax.process_count())
     if batch_size < 1 or batch_size % unit:
         lower = batch_size // unit * unit
@@ -148,7 +148,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
 def spread(tree: Any, mesh: Mesh) -> Any:
     """Arrays that every process has whole as global ones, split on the leading axis if it divides, else copied."""
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = _shards(mesh)
 
     def put(leaf: Any) -> jax.Array:
         splits = np.ndim(leaf) and leaf.shape[0] % shards == 0
@@ -172,8 +172,7 @@ def keep_split(x: jax.Array) -> jax.Array:
 
 def local_batch(size: int) -> int:
     """How many samples of a batch lie on one device of the mesh (see `over`); all of them if they don't divide."""
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+    shards = _shards(jax.sharding.get_abstract_mesh())
     return size if size % shards else size // shards
 
 
@@ -186,6 +185,11 @@ def over(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def _shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+    """Into how many parts a batch is split; one where there is no mesh, which is an empty one."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
 
 
 def _place(path: str, shape: tuple[int, ...], mesh: Mesh, *, rules: Rules, small: int) -> Placement:

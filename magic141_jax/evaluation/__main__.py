@@ -136,7 +136,7 @@ def parse_compare(argv: Sequence[str]) -> tuple[argparse.Namespace, tuple[compar
     parser.add_argument("--samples", type=int, default=plan.samples, metavar="N", help="captions a split and seed")
     parser.add_argument("--seeds", default="0", metavar="LIST", help="draw captions, first frames and noise: 0,1,2")
     parser.add_argument("--splits", default=",".join(plan.splits), metavar="LIST", help=", ".join(protocol.SPLITS))
-    parser.add_argument("--kinds", default=",".join(plan.kinds), metavar="LIST", help=", ".join(compare.KINDS))
+    parser.add_argument("--kinds", default=",".join(plan.kinds), metavar="LIST", help=", ".join(standing.KINDS))
     parser.add_argument("--draws", type=int, default=plan.draws, metavar="K", help="noises a caption, for diversity")
     parser.add_argument("--pack", type=Path, default=DEFAULT_PACK, metavar="ZIP", help="the emoji pack")
     parser.add_argument("--output", type=Path, metavar="JSON", help="all values; goes on with what is there")
@@ -145,7 +145,7 @@ def parse_compare(argv: Sequence[str]) -> tuple[argparse.Namespace, tuple[compar
         if not 2 <= getattr(args, name) <= MAX_SAMPLES:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be from 2 to {MAX_SAMPLES}")
     splits = compare.read_names(args.splits, "--splits", protocol.SPLITS)
-    kinds = compare.read_names(args.kinds, "--kinds", compare.KINDS)
+    kinds = compare.read_names(args.kinds, "--kinds", tuple(standing.KINDS))
     plan = compare.Plan(compare.read_seeds(args.seeds), splits, args.samples, args.draws, kinds)
     return args, compare.read_rows(args.row), plan
 

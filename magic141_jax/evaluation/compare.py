@@ -55,7 +55,6 @@ SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
 PARTS = {"lora": ("lora", str), "transformer": ("transformer", str)}
 KEYS = SETTINGS | PARTS
 FORM = "a row is label=FOLDER or label=FOLDER:steps=4,guidance=1"
-KINDS = ("t2v", "i2v", "text")
 REFERENCE = 128  # true clips that the units of the features come from
 REFERENCE_SEED, NOISE_SEED = 1410, 141
 
@@ -106,7 +105,7 @@ class Judge:
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """What a row made of one split and seed, by kind (`KINDS`).
+    """What a row made of one split and seed, by kind (`standing.KINDS`).
 
     Attributes:
       clips: (n, t, y, x, 3).
@@ -242,9 +241,10 @@ def make(row: Loaded, clips: Clips, noises: np.ndarray, *, kinds: Sequence[str] 
     Held-out subjects, which no caption can name, are only animated.
     """
     spent: dict[str, list[float]] = {"image": [], "video": [], "text": []}
-    text_to_image = _timed(row.pipeline.text_to_image, row.pipeline.engine.seconds, "image", spent["image"])
-    image_to_video = _timed(row.pipeline.image_to_video, row.pipeline.engine.seconds, "video", spent["video"])
-    from_text = _timed(row.pipeline.from_text, row.pipeline.engine.seconds, "video", spent["text"])
+    pipeline, clock = row.pipeline, row.pipeline.engine.seconds
+    text_to_image = _timed(pipeline.text_to_image, clock, "image", spent["image"])
+    image_to_video = _timed(pipeline.image_to_video, clock, "video", spent["video"])
+    from_text = _timed(pipeline.from_text, clock, "video", spent["text"])
     firsts, captions, options = clips.made["truth"][:, 0], clips.captions, row.row.options
     several = min(BATCH, len(captions))
 
