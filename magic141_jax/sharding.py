@@ -1,7 +1,9 @@
 """Where arrays live: a mesh from a config, and a named sharding for every leaf of a tree from a table of rules.
 
-The mesh has three axes: "data" (batch only), "fsdp" (batch, and weights in slices that are gathered layer by layer)
-and "tensor" (weights within a layer). Batches are split over data x fsdp. A rule is a pair
+The mesh has four axes: "data" (batch only), "fsdp" (batch, and weights in slices that are gathered layer by layer),
+"tensor" (weights within a layer, and attention heads) and "context" (the tokens of a sequence, the rows and columns of
+a picture). Batches are split over data x fsdp. Of several TPU slices, which a slow network joins, each has its part of
+"data". A rule is a pair
 
     (regex, (axis or None, ...))      such as (r"attention\\.q\\.kernel", ("fsdp", "tensor"))
 
@@ -9,6 +11,7 @@ The regex is searched for in the dotted path of a leaf, and the first that is fo
 same table places the optimizer's moments and the averaged weights, whose paths end like those of the parameters.
 The axes are those of the last dimensions, so that one rule serves a layer and a stack of layers. A leaf without a
 rule has its largest dimension that "fsdp" divides split over "fsdp", or is copied to all devices if it is small.
+For a weight "fsdp" means fsdp x context, where both divide: devices that share a sequence need not all hold it whole.
 
 Axes are `AxisType.Auto`: the compiler chooses the shardings in between, and numbers do not depend on the mesh.
 """
@@ -19,16 +22,17 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from magic141_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
@@ -40,6 +44,7 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    context: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,22 +58,34 @@ class Placement:
 
 
 def make_mesh(config: MeshConfig | None = None, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over `devices`, all of them unless said; any process may call it.
+    """The mesh over `devices`, all of them unless said; any process may call it.
+
+    Neighbours along the last axes are neighbours in the machine: in the torus of a TPU slice, on one host of GPUs.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or "data" doesn't to that of the slices.
     """
     config = config or MeshConfig()
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in AXES]
-    asked = "x".join(map(str, sizes))
+    asked = f"mesh {'x'.join(map(str, sizes))} ({' x '.join(AXES)})"
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh {asked} (data x fsdp x tensor): sizes are positive, and one of them may be -1")
+        raise UserError(f"{asked}: sizes are positive, and one of them may be -1")
     fixed = math.prod(size for size in sizes if size != -1)
     filled = [len(devices) // fixed if size == -1 else size for size in sizes]
     if math.prod(filled) != len(devices):
-        raise UserError(f"mesh {asked} (data x fsdp x tensor) does not fit {len(devices)} devices; set one size to -1")
-    return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        raise UserError(f"{asked} does not fit {len(devices)} devices; set one size to -1")
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if filled[0] % slices:
+        raise UserError(f"{asked}: the {slices} slices each take a part of data, so it must be a multiple of {slices}")
+    within = (filled[0] // slices, *filled[1:])
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+    else:
+        placed = mesh_utils.create_hybrid_device_mesh(
+            within, (slices, *[1] * (len(within) - 1)), devices, allow_split_physical_axes=True
+        )
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def placements(tree: Any, mesh: Mesh, rules: Rules = (), *, small: int = 2**16) -> list[Placement]:
@@ -127,7 +144,7 @@ def batch_size_per_process(batch_size: int, mesh: Mesh) -> int:
     Raises:
       UserError: the batch cannot be split evenly over the mesh; the nearest sizes that can are named.
     """
-    shards = _shards(mesh)
+    shards = _shards(mesh.shape)
     unit = math.lcm(shards, jax.process_count())
     if batch_size < 1 or batch_size % unit:
         lower = batch_size // unit * unit
@@ -148,7 +165,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
 def spread(tree: Any, mesh: Mesh) -> Any:
     """Arrays that every process has whole as global ones, split on the leading axis if it divides, else copied."""
-    shards = _shards(mesh)
+    shards = _shards(mesh.shape)
 
     def put(leaf: Any) -> jax.Array:
         splits = np.ndim(leaf) and leaf.shape[0] % shards == 0
@@ -157,27 +174,47 @@ def spread(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
-def keep_split(x: jax.Array) -> jax.Array:
+def keep_split(x: jax.Array, *, tokens: bool = False) -> jax.Array:
     """Holds an activation's leading axis, the batch, split over data x fsdp; its other axes are the compiler's choice.
 
-    Weights lie in slices along "fsdp" too. Left to itself the compiler may find it cheaper to gather a layer's batch
-    than its weights, and then holds activations of the whole batch on every device. Without a mesh (see `over`), or
-    where the batch doesn't divide, `x` is returned as it is.
+    With `tokens` the second axis is held split over "context". Weights lie in slices along "fsdp" too. Left to itself
+    the compiler may find it cheaper to gather a layer's batch than its weights, and then holds activations of the whole
+    batch on every device. Without a mesh (see `over`), or where an axis doesn't divide, that axis is left alone.
     """
-    if local_batch(x.shape[0]) == x.shape[0]:
+    shape = jax.sharding.get_abstract_mesh().shape
+    wanted = ((BATCH_AXES, _shards(shape)), ("context", shape.get("context", 1) if tokens else 1))
+    held = [axes if ways > 1 and size % ways == 0 else None for (axes, ways), size in zip(wanted, x.shape)]
+    if not any(held):
         return x
-    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *rest))
+    free = PartitionSpec.UNCONSTRAINED
+    spec = [free if axes is None else axes for axes in held] + [free] * (x.ndim - len(held))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def ways(axis: str) -> int:
+    """The size of an axis of the mesh that is traced for (see `over`); 1 where there is none."""
+    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
+def platform() -> str:
+    """"cpu", "gpu" or "tpu": of the mesh that is traced for (see `over`), which may be of another machine than this."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    kind = device.device_kind.lower()
+    return "cpu" if kind == "cpu" else "tpu" if kind.startswith("tpu") else "gpu"
 
 
 def local_batch(size: int) -> int:
     """How many samples of a batch lie on one device of the mesh (see `over`); all of them if they don't divide."""
-    shards = _shards(jax.sharding.get_abstract_mesh())
+    shards = _shards(jax.sharding.get_abstract_mesh().shape)
     return size if size % shards else size // shards
 
 
-def over(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, to be traced by `jax.jit`, with a mesh that `keep_split` and `local_batch` find."""
+def over(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, to be traced by `jax.jit`, with a mesh that the functions above find; as it is without one."""
+    if mesh is None:
+        return function
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -187,16 +224,16 @@ def over(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
-    """Into how many parts a batch is split; one where there is no mesh, which is an empty one."""
-    return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+def _shards(shape: Mapping[str, int]) -> int:
+    """Into how many parts a mesh of that shape splits a batch; one where there is no mesh, which is an empty one."""
+    return math.prod(shape.get(axis, 1) for axis in BATCH_AXES)
 
 
 def _place(path: str, shape: tuple[int, ...], mesh: Mesh, *, rules: Rules, small: int) -> Placement:
     for pattern, axes in rules:
         if re.search(pattern, path):
             return Placement(path, shape, *_by_rule(path, shape, mesh, pattern=pattern, axes=axes))
-    return Placement(path, shape, *_by_size(shape, mesh.shape["fsdp"], small))
+    return Placement(path, shape, *_by_size(shape, mesh, small))
 
 
 def _by_rule(
@@ -209,22 +246,31 @@ def _by_rule(
     if len(axes) > len(shape):
         raise ValueError(f"sharding rule {pattern!r} has {len(axes)} axes for {path} of shape {shape}")
     wanted = (None,) * (len(shape) - len(axes)) + tuple(axes)
-    kept = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(wanted, shape)]
-    dropped = [
-        f"{axis} does not divide {size}" for axis, size in zip(wanted, shape) if axis and size % mesh.shape[axis]
-    ]
+    kept = [_dividing(axis, size, mesh) for axis, size in zip(wanted, shape)]
+    dropped = [f"{axis} does not divide {size}" for axis, size, found in zip(wanted, shape, kept) if axis and not found]
     return PartitionSpec(*kept), "; ".join([f"rule {pattern}", *dropped])
 
 
-def _by_size(shape: tuple[int, ...], fsdp: int, small: int) -> tuple[PartitionSpec, str]:
+def _by_size(shape: tuple[int, ...], mesh: Mesh, small: int) -> tuple[PartitionSpec, str]:
     """The fallback: the largest dimension that the fsdp axis divides, the first among equals."""
-    if fsdp == 1 or math.prod(shape) < small:
-        return PartitionSpec(), "copied: small" if fsdp > 1 else "copied: fsdp=1"
-    fitting = [i for i, size in enumerate(shape) if size % fsdp == 0]
-    if not fitting:
+    fsdp = mesh.shape["fsdp"]
+    if fsdp * mesh.shape["context"] == 1 or math.prod(shape) < small:
+        return PartitionSpec(), "copied: small" if mesh.size > 1 else "copied: fsdp=1"
+    found = [_dividing("fsdp", size, mesh) for size in shape]
+    if not any(found):
         return PartitionSpec(), f"copied: no dimension divides by fsdp={fsdp}"
-    split = max(fitting, key=lambda i: shape[i])
-    return PartitionSpec(*("fsdp" if i == split else None for i in range(len(shape)))), "largest dimension"
+    split = max((i for i, axes in enumerate(found) if axes), key=lambda i: shape[i])
+    return PartitionSpec(*(axes if i == split else None for i, axes in enumerate(found))), "largest dimension"
+
+
+def _dividing(axis: str | None, size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
+    """The mesh axes that a weight's dimension is split over for a rule's axis; None where they don't divide it."""
+    if axis == "fsdp" and mesh.shape["context"] > 1:
+        if size % (mesh.shape["fsdp"] * mesh.shape["context"]) == 0:
+            return "fsdp", "context"
+        if size % mesh.shape["context"] == 0:
+            return "context"
+    return axis if axis and size % mesh.shape[axis] == 0 else None
 
 
 def _spec_text(spec: PartitionSpec) -> str:

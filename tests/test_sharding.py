@@ -46,9 +46,10 @@ def specs(tree):
 @pytest.mark.parametrize(
     ("config", "shape"),
     [
-        (MeshConfig(), (8, 1, 1)),
-        (MeshConfig(data=2, fsdp=-1, tensor=2), (2, 2, 2)),
-        (MeshConfig(data=1, fsdp=8, tensor=1), (1, 8, 1)),
+        (MeshConfig(), (8, 1, 1, 1)),
+        (MeshConfig(data=2, fsdp=-1, tensor=2), (2, 2, 2, 1)),
+        (MeshConfig(data=1, fsdp=8, tensor=1), (1, 8, 1, 1)),
+        (MeshConfig(data=1, fsdp=2, context=-1), (1, 2, 1, 4)),
     ],
 )
 def test_minus_one_takes_the_rest(config, shape):

@@ -56,7 +56,7 @@ def test_leaves_have_the_shardings_of_training(monkeypatch):
     kernel = given.frozen["teacher"]["transformer"]["double_blocks"]["video"]["qkv"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (1, 16 // 4, 48)
     described = program.describe(experiment, given)
-    assert described["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1} and described["samples"] == 1
+    assert described["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "context": 1} and described["samples"] == 1
     assert described["roles"] == ["student", "fake"] and described["clip"] == [5, 16, 16]
 
 

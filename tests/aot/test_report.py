@@ -14,7 +14,7 @@ SHAPES = {
     "chips": 8,
     "chip_memory": 95 * GIB,
     "method": "dmd",
-    "mesh": {"data": 1, "fsdp": 8, "tensor": 1},
+    "mesh": {"data": 1, "fsdp": 8, "tensor": 1, "context": 1},
     "clip": [81, 544, 960],
     "samples": 1.0,
     "roles": ["student", "fake"],
