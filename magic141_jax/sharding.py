@@ -197,7 +197,7 @@ def ways(axis: str) -> int:
 
 
 def platform() -> str:
-    """"cpu", "gpu" or "tpu": of the mesh that is traced for (see `over`), which may be of another machine than this."""
+    """Of the mesh that is traced for (see `over`), which may be of another machine than this: cpu, gpu or tpu."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         return jax.default_backend()

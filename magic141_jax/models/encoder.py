@@ -18,7 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from magic141_jax.errors import UserError
-from magic141_jax.models.layers import Linear, attention, causal_mask
+from magic141_jax.models.attention import attention, causal_mask
+from magic141_jax.models.layers import Linear
 
 # For a network whose `encoder` is an `Encoder`; axes are those of the last dimensions, so layers stay whole.
 SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (

@@ -1,8 +1,8 @@
-"""The parts of a diffusion transformer: linear maps, norms, time features, three-axis RoPE, attention, patches.
+"""The parts of a diffusion transformer: linear maps, norms, time features, three-axis RoPE, patches.
 
 Every `Linear` may hold a stack of layers: its kernel is then (layers, in, out) and a scan hands it out slice by
-slice. Kernels are kept in the dtype they were given in and cast to the dtype of the activations when used; norms and
-softmax run in float32.
+slice. Kernels are kept in the dtype they were given in and cast to the dtype of the activations when used; norms run in
+float32.
 
 Two layouts are chosen for speed and meshes; `convert/` accounts for both:
   - the fused q, k, v columns are ordered (n, 3, k), head first, so a tensor-parallel shard holds whole heads;
@@ -19,15 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from magic141_jax.errors import UserError
 from magic141_jax.shapes import Latents, Times
-from magic141_jax.sharding import local_batch
 
 EPSILON = 1e-6
-MAX_SCORES = 2**28  # of the chunked attention at a time, on one device: 1 GB in float32
-MASKED = -1e30  # finite, so a row of masked keys gives a mean instead of NaN
 
 Initializer = Callable[..., jax.Array]
 LECUN: Initializer = jax.nn.initializers.variance_scaling(
@@ -176,70 +173,6 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     half = x.shape[-1] // 2
     swapped = jnp.concatenate([y[..., half:], y[..., :half]], -1)
     return (y * cos + swapped * sin).astype(x.dtype)
-
-
-def _attention_xla(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Spelled out: on CPU this is faster than the fused call, and small sequences need no flash attention."""
-    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    scores = jnp.einsum("binx,bjnx->bnij", q * (q.shape[-1] ** -0.5), k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bnij,bjnx->binx", weights, v)
-
-
-def _attention_jax(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
-
-
-def _attention_chunked(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """The same for one group of queries after another, as many as `MAX_SCORES` allows: exact, in bounded memory."""
-    b, i, n, _ = q.shape
-    size = max(1, MAX_SCORES // (local_batch(b) * n * k.shape[1]))
-    if size >= i:
-        return _attention_xla(q, k, v, mask)
-    count = -(-i // size)
-    mask = jnp.broadcast_to(mask, (b, mask.shape[1] if mask.shape[1] == 1 else i, k.shape[1]))
-
-    def chunks(x: Array) -> Array:
-        if x.shape[1] == 1:
-            return jnp.broadcast_to(x[None], (count, *x.shape))
-        x = jnp.pad(x, ((0, 0), (0, count * size - i), *((0, 0),) * (x.ndim - 2)))
-        return x.reshape(b, count, size, *x.shape[2:]).swapaxes(0, 1)
-
-    # The backward pass makes a group's scores anew: those of all groups at once are what there is no room for.
-    one = jax.checkpoint(lambda part: _attention_xla(part[0], k, v, part[1]), prevent_cse=False)
-    out = jax.lax.map(one, (chunks(q), chunks(mask)))
-    return out.swapaxes(0, 1).reshape(b, count * size, *out.shape[3:])[:, :i]
-
-
-ATTENTION: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
-    "xla": _attention_xla,
-    "jax": _attention_jax,
-    "chunked": _attention_chunked,
-}
-
-
-def attention(
-    q: Float[Array, "b i n k"],
-    k: Float[Array, "b j g k"],
-    v: Float[Array, "b j g k"],
-    mask: Bool[Array, "b j"] | Bool[Array, "b i j"],
-    *,
-    backend: str = "xla",
-) -> Float[Array, "b i n*k"]:
-    """softmax(q k^T / sqrt(k)) v over the keys where `mask` is true; heads joined on the last axis.
-
-    The mask is one for all queries, or says for each query which keys it sees. With fewer key than query heads,
-    n / g query heads in a row share one.
-    """
-    out = ATTENTION[backend](q, k, v, mask if mask.ndim == 3 else mask[:, None])
-    return out.reshape(*out.shape[:2], -1)
-
-
-def causal_mask(mask: Bool[Array, "b j"]) -> Bool[Array, "b j j"]:
-    """Which keys each query sees where it may look at itself and before, and only at what `mask` holds valid."""
-    order = jnp.arange(mask.shape[1])
-    return (order[:, None] >= order[None])[None] & mask[:, None]
 
 
 def patchify(x: Latents, patch: tuple[int, int, int]) -> Float[Array, "b l patch_values"]:

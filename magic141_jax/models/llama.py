@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from magic141_jax.errors import UserError
 from magic141_jax.models import layers as nn
+from magic141_jax.models.attention import attention, causal_mask
 from magic141_jax.shapes import TokenIds, TokenMask, Tokens
 
 
@@ -89,7 +90,7 @@ class LlamaLayers(nnx.Module):
         y = _norm(x, self.attention_scale, self.config)
         heads = (*x.shape[:2], -1, self.config.head_width)
         q, k, v = (project(y).reshape(heads) for project in (self.q, self.k, self.v))
-        x = x + self.out(nn.attention(nn.rotate(q, *rope), nn.rotate(k, *rope), v, mask))
+        x = x + self.out(attention(nn.rotate(q, *rope), nn.rotate(k, *rope), v, mask))
         y = _norm(x, self.mlp_scale, self.config)
         return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
 
@@ -114,7 +115,7 @@ class Llama(nnx.Module):
     def run(self, x: Tokens, mask: TokenMask) -> Tokens:
         """Embedded tokens (b, s, d) -> states (b, s, d) float32."""
         rope = rope_tables(positions(mask), self.config)
-        seen = nn.causal_mask(mask)
+        seen = causal_mask(mask)
         graphdef, stacked = nnx.split(self.layers)
 
         def step(x: Array, layer: nnx.State) -> tuple[Array, None]:

@@ -36,6 +36,8 @@ from magic141_jax.diffusion import conditioning as conditioning_lib
 from magic141_jax.diffusion import flow
 from magic141_jax.errors import UserError
 from magic141_jax.models import layers as nn
+from magic141_jax.models import sequence
+from magic141_jax.models.attention import attention, joint_attention
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import Params
 from magic141_jax.shapes import Latents, Pooled, Times, TokenMask, Tokens
@@ -68,7 +70,11 @@ class MMDiTConfig:
         steps; in a short run they would stay shut, and a fraction lets every block work from the first step.
       remat: what the backward pass recomputes in each block: nothing, all of it, or all but matrix products.
       compute_dtype: dtype of activations; parameters stay as given.
-      attention: see `layers.ATTENTION`.
+      attention: the kernel of joint attention, see `magic141_jax.models.attention`.
+      ulysses: how many of the devices that split a sequence exchange heads; 0 is as many as can.
+      tile, window: sliding-tile attention, see `magic141_jax.models.sequence`: the largest tile in tokens, and how many
+        tiles along frames, height and width a token sees (odd numbers); null is full attention. A network has to be
+        trained, or at least tuned, with the window that it is sampled with.
     """
 
     in_channels: int = 33
@@ -94,9 +100,16 @@ class MMDiTConfig:
     gate_start: float = 0.0
     remat: Literal["none", "full", "dots"] = "none"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["xla", "jax", "chunked"] = "xla"
+    attention: Literal["auto", "xla", "jax", "chunked", "cudnn", "splash"] = "auto"
+    ulysses: int = 0
+    tile: tuple[int, int, int] | None = None
+    window: tuple[int, int, int] | None = None
 
     def __post_init__(self):
+        if (self.tile is None) != (self.window is None):
+            raise UserError(f"tile {self.tile} and window {self.window} go together: set both or neither")
+        if self.window and (min(self.tile) < 1 or any(n < 1 or n % 2 == 0 for n in self.window)):
+            raise UserError(f"tiles have positive sizes and windows odd ones, not {self.tile} and {self.window}")
         if sum(self.rope_axes) != self.head_width or any(a % 2 for a in self.rope_axes):
             raise UserError(f"rope_axes {self.rope_axes} must be even and sum to head_width {self.head_width}")
         channels = 2 * self.out_channels + 1 if self.known == "channels" else self.out_channels
@@ -113,7 +126,7 @@ class MMDiTConfig:
 
 def hunyuan_13b() -> MMDiTConfig:
     """The published image-to-video network (12.8 B parameters)."""
-    return MMDiTConfig(remat="full", compute_dtype="bfloat16", attention="chunked")
+    return MMDiTConfig(remat="full", compute_dtype="bfloat16")
 
 
 def flux_12b() -> MMDiTConfig:
@@ -207,9 +220,11 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 class Context:
     """What every block of a forward pass sees: silu(c) (b, d), RoPE tables (1, j, 1, 1, k) and the key mask (b, j).
 
-    With known="replace" also silu(c_0) (b, d), and which of the j tokens it is for (b, j).
+    `layout` says where the j tokens lie. With known="replace" also silu(c_0) (b, d), and which of the j tokens it is
+    for (b, j).
     """
 
+    layout: sequence.Layout
     vector: Array
     cos: Array
     sin: Array
@@ -256,8 +271,9 @@ class Stream(nnx.Module):
 
     def attend(self, qk: Array, v: Array, context: Context) -> Array:
         """Joint attention over j tokens: q and k (b, j, n, 2, k), v (b, j, n, k) -> (b, j, n * k)."""
-        qk = nn.rotate(qk, context.cos, context.sin)
-        return nn.attention(qk[..., 0, :], qk[..., 1, :], v, context.mask, backend=self.config.attention)
+        qk, config = nn.rotate(qk, context.cos, context.sin), self.config
+        options = {"backend": config.attention, "ulysses": config.ulysses, "pattern": context.layout.pattern}
+        return joint_attention(qk[..., 0, :], qk[..., 1, :], v, context.mask, **options)
 
 
 class DoubleBlocks(nnx.Module):
@@ -269,16 +285,16 @@ class DoubleBlocks(nnx.Module):
 
     def __call__(self, tokens: tuple[Array, Array], context: Context) -> tuple[Array, Array]:
         """One block: (video (b, l, d), text (b, s, d)) -> the same."""
-        streams, split = (self.video, self.text), tokens[0].shape[1]
-        known = None if context.known is None else context.known[:, :split]
+        streams, layout = (self.video, self.text), context.layout
+        known = None if context.known is None else layout.part(context.known)[0]
         parts = [self.video.modulations(context, known), self.text.modulations(context)]
         projected = [
             stream.project(nn.modulate(nn.layer_norm(x), p[0], p[1])) for stream, x, p in zip(streams, tokens, parts)
         ]
-        qk, v = (jnp.concatenate(pair, axis=1) for pair in zip(*projected))
-        attended = self.video.attend(qk, v, context)
+        qk, v = (layout.join(*pair) for pair in zip(*projected))
+        attended = layout.part(self.video.attend(qk, v, context))
         out = []
-        for stream, x, a, p in zip(streams, tokens, (attended[:, :split], attended[:, split:]), parts):
+        for stream, x, a, p in zip(streams, tokens, attended, parts):
             _, _, gate, mlp_shift, mlp_scale, mlp_gate = p
             x = x + gate * stream.attention_out(a)
             out.append(x + mlp_gate * stream.mlp(nn.modulate(nn.layer_norm(x), mlp_shift, mlp_scale)))
@@ -324,7 +340,7 @@ class RefinerBlocks(nnx.Module):
         gate, mlp_gate = jnp.split(self.gates(vector)[:, None], 2, axis=-1)
         qkv = self.qkv(self.norm_1(x)).reshape(*x.shape[:2], self.config.heads, 3, self.config.head_width)
         q, k, v = (qkv[..., i, :] for i in range(3))
-        x = x + gate * self.attention_out(nn.attention(q, k, v, mask, backend=self.config.attention))
+        x = x + gate * self.attention_out(attention(q, k, v, mask, backend="chunked"))
         return x + mlp_gate * self.mlp_down(jax.nn.silu(self.mlp_up(self.norm_2(x))))
 
 
@@ -354,7 +370,13 @@ class TokenRefiner(nnx.Module):
         return tokens
 
 
-Kept = tuple[Array | None, np.ndarray | None]  # features of chosen blocks, and where each block's output goes in them
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Features (k, b, l, d) of chosen blocks, where each block's output goes in them, and what of it does."""
+
+    features: Array
+    slots: np.ndarray
+    video: Callable[[Any], Array]
 
 
 def _block(block: Callable, x: Any, **context: Any) -> Any:
@@ -362,28 +384,35 @@ def _block(block: Callable, x: Any, **context: Any) -> Any:
 
 
 def _scan(
-    blocks: nnx.Module, carry: Any, run: Callable, remat: str, *, collect: bool = False, kept: Kept = (None, None)
+    blocks: nnx.Module,
+    carry: Any,
+    run: Callable,
+    remat: str,
+    *,
+    collect: bool = False,
+    kept: Kept | None = None,
+    tokens: bool = False,
 ) -> tuple[Any, Any]:
-    """Runs `carry = run(block, carry)` over the stacked blocks -> (the last carry, every block's output or `kept`).
+    """Runs `carry = run(block, carry)` over the stacked blocks -> (the last carry, every block's output or features).
 
-    `kept` = (features (k, b, l, d), slots (layers,)): the first l tokens of a block's output are written at its slot;
-    slot k means nowhere. Recomputation does not reach over the writing, for it would save all of `features` with every
-    block; a write needs no more than its slot to be differentiated.
+    With `kept` the video tokens of a block's output are written at its slot; slot k means nowhere. Recomputation does
+    not reach over the writing, for it would save all features with every block; a write needs no more than its slot to
+    be differentiated. `tokens` holds the tokens between blocks split over "context".
     """
     graphdef, state = nnx.split(blocks)
+    hold = functools.partial(keep_split, tokens=tokens)
 
     def one(carry: Any, weights: nnx.State) -> Any:
-        return run(nnx.merge(graphdef, weights), jax.tree.map(keep_split, carry))
+        return run(nnx.merge(graphdef, weights), jax.tree.map(hold, carry))
 
     block = REMAT[remat](one)
-    features, slots = kept
+    features, slots = (None, None) if kept is None else (kept.features, kept.slots)
 
     def body(carry: tuple[Any, Any], layer: tuple[Any, Any]) -> tuple[tuple[Any, Any], Any]:
         (x, features), (weights, slot) = carry, layer
         x = block(x, weights)
         if features is not None:
-            video = jax.tree.leaves(x)[0][:, : features.shape[2]]
-            features = features.at[slot].set(video, mode="drop", unique_indices=True)
+            features = features.at[slot].set(kept.video(x), mode="drop", unique_indices=True)
         return (x, features), x if collect else None
 
     (carry, features), outputs = jax.lax.scan(body, (carry, features), (state, slots))
@@ -443,38 +472,47 @@ class MMDiT(nnx.Module):
         grid = tuple(side // p for side, p in zip(inputs.shape[1:4], config.patch))
         features = nn.time_features(TIME_SCALE * t, config.time_features)
         condition = self._condition(features, pooled, guidance)
-        video = self.patch_in(nn.patchify(inputs.astype(dtype), config.patch))
-        if config.absolute_positions:
-            video += nn.sine_positions(grid, config.width, config.rope_theta).astype(dtype)[None]
         words = self.text_in(text.astype(dtype), _never_empty(text_mask), features.astype(dtype))
-
-        cos, sin = nn.rope_tables(grid, config.rope_axes, config.rope_theta, text=text.shape[1])
-        mask = jnp.concatenate([jnp.ones(video.shape[:2], bool), text_mask.astype(bool)], axis=1)
+        layout = sequence.make(grid, text.shape[1], tile=config.tile, window=config.window)
+        video = self.patch_in(layout.video(nn.patchify(inputs.astype(dtype), config.patch)))
+        if config.absolute_positions:
+            positions = nn.sine_positions(grid, config.width, config.rope_theta)
+            video += layout.video(positions.astype(dtype)[None])
         vector = jax.nn.silu(condition).astype(dtype)
-        context = Context(vector, cos[None, :, None, None], sin[None, :, None, None], mask)
+        context = self._context(layout, grid, vector, text_mask)
         if known is not None:
             context = self._with_known(context, known, pooled)
-        joint, outputs = self._blocks((video, words), context, intermediates)
+        joint, outputs = self._blocks((video, layout.words(words)), context, intermediates)
 
         shift, scale = jnp.split(self.modulation_out(vector)[:, None], 2, axis=-1)
-        last = nn.modulate(nn.layer_norm(joint[:, : video.shape[1]]), shift, scale)
-        out = nn.unpatchify(self.patch_out(last).astype(jnp.float32), grid, config.patch)
+        last = self.patch_out(nn.modulate(nn.layer_norm(layout.part(joint)[0]), shift, scale))
+        out = nn.unpatchify(layout.grid(last).astype(jnp.float32), grid, config.patch)
         if intermediates is True:
             return out, {"condition": condition, "patch_in": video, "text_in": words} | outputs
-        return out if intermediates is False else (out, outputs)
+        return out if intermediates is False else (out, layout.grid(outputs, axis=2))
+
+    def _context(self, layout: sequence.Layout, grid: tuple[int, int, int], vector: Array, text_mask: Array) -> Context:
+        """What all blocks see: positions turn the video's tokens, and text is masked as its mask says."""
+        tables = nn.rope_tables(grid, self.config.rope_axes, self.config.rope_theta, text=len(layout.text))
+        l = len(layout.inverse)
+        cos, sin = (layout.join(layout.video(x[None, :l]), x[None, l:])[:, :, None, None] for x in tables)
+        valid = jnp.broadcast_to(jnp.asarray(layout.order >= 0)[None], (vector.shape[0], len(layout.order)))
+        return Context(layout, vector, cos, sin, layout.join(valid, layout.words(text_mask.astype(bool))))
 
     def _blocks(self, tokens: tuple[Array, Array], context: Context, intermediates: Any) -> tuple[Array, Any]:
         """(video, text) -> all tokens (b, j, d) after the last block, and the intermediates that were asked for."""
-        config, collect = self.config, intermediates is True
-        features, slots = None, (None, None)
-        if not isinstance(intermediates, bool):
+        config, layout, collect = self.config, context.layout, intermediates is True
+        chosen = not isinstance(intermediates, bool)
+        run = functools.partial(_block, context=context)
+        scan = functools.partial(_scan, run=run, remat=config.remat, collect=collect, tokens=True)
+        kept = None
+        if chosen:
             features = jnp.zeros((len(intermediates), *tokens[0].shape), tokens[0].dtype)
             slots = _slots(config, intermediates)
-        run = functools.partial(_block, context=context)
-        scan = functools.partial(_scan, run=run, remat=config.remat, collect=collect)
-        tokens, first = scan(self.double_blocks, tokens, kept=(features, slots[0]))
-        features = None if collect else first
-        joint, last = scan(self.single_blocks, jnp.concatenate(tokens, axis=1), kept=(features, slots[1]))
+            kept = Kept(features, slots[0], lambda x: x[0])
+        tokens, first = scan(self.double_blocks, tokens, kept=kept)
+        kept = Kept(first, slots[1], lambda x: layout.part(x)[0]) if chosen else None
+        joint, last = scan(self.single_blocks, layout.join(*tokens), kept=kept)
         if not collect:
             return joint, last
         return joint, {"double_blocks.video": first[0], "double_blocks.text": first[1], "single_blocks": last}
@@ -490,9 +528,10 @@ class MMDiT(nnx.Module):
         """The context with the vector of time 0, without guidance, and the tokens that it is for; text is not known."""
         zero = nn.time_features(jnp.zeros(pooled.shape[0]), self.config.time_features)
         vector = jax.nn.silu(self._condition(zero, pooled)).astype(context.vector.dtype)
-        tokens = nn.patchify(known, self.config.patch).all(-1)
-        tokens = jnp.pad(tokens, ((0, 0), (0, context.mask.shape[1] - tokens.shape[1])))
-        return dataclasses.replace(context, known_vector=vector, known=tokens)
+        layout = context.layout
+        tokens = layout.video(nn.patchify(known, self.config.patch).all(-1))
+        words = jnp.zeros((tokens.shape[0], len(layout.text)), bool)
+        return dataclasses.replace(context, known_vector=vector, known=layout.join(tokens, words))
 
 
 def _check(config: MMDiTConfig, inputs: Array, guidance: Array | None, known: Array | None) -> None:

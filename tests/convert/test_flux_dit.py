@@ -177,7 +177,7 @@ def test_published_sizes(guidance):
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel(guidance_embeds=guidance)
     theirs = {k: v for k, v in model.config.items() if k not in ("axes_dims_rope", "out_channels")}
-    config = flux_dit.config_to_ours(theirs, remat="full", compute_dtype="bfloat16", attention="chunked")
+    config = flux_dit.config_to_ours(theirs, remat="full", compute_dtype="bfloat16")
     assert config == dataclasses.replace(flux_12b(), guidance_embedding=guidance)
     parameters = sum(p.numel() for p in model.parameters())
     assert count(Network.create(MMDiT, config).abstract_params) == parameters

@@ -1,4 +1,4 @@
-"""RoPE, attention, norms and patches against their definitions."""
+"""RoPE, norms and patches against their definitions."""
 
 import jax
 import jax.numpy as jnp
@@ -46,57 +46,6 @@ def test_absolute_positions_tell_tokens_apart():
     assert distances[~np.eye(len(features), dtype=bool)].min() > 0.5
     with pytest.raises(UserError, match="multiple of 16, not 24"):
         layers.sine_positions(GRID, 24, 256.0)
-
-
-@pytest.mark.parametrize("backend", layers.ATTENTION)
-def test_attention_is_the_masked_softmax_average(backend, monkeypatch):
-    monkeypatch.setattr(layers, "MAX_SCORES", 80)  # 4 queries at a time, the last time 1
-    rng = np.random.default_rng(0)
-    q, k, v = rng.standard_normal((3, 2, 5, 2, 8)).astype(np.float32)
-    mask = np.array([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]], bool)
-    got = layers.attention(q, k, v, mask, backend=backend)
-    for b in range(2):
-        for n in range(2):
-            scores = np.exp(q[b, :, n] @ k[b, mask[b], n].T / np.sqrt(8))
-            want = scores / scores.sum(-1, keepdims=True) @ v[b, mask[b], n]
-            np.testing.assert_allclose(got[b, :, n * 8 : n * 8 + 8], want, atol=1e-5)
-
-
-@pytest.mark.parametrize("backend", layers.ATTENTION)
-def test_each_query_sees_what_its_own_mask_says_and_heads_in_a_row_share_keys(backend, monkeypatch):
-    monkeypatch.setattr(layers, "MAX_SCORES", 80)  # 2 queries at a time, the last time 1
-    rng = np.random.default_rng(0)
-    q = rng.standard_normal((2, 5, 4, 8)).astype(np.float32)
-    k, v = rng.standard_normal((2, 2, 5, 2, 8)).astype(np.float32)
-    valid = np.array([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]], bool)
-    mask = layers.causal_mask(valid)
-    got = layers.attention(q, k, v, mask, backend=backend)
-    for b, i, n in np.ndindex(2, 5, 4):
-        seen = [j for j in range(i + 1) if valid[b, j]]
-        assert np.flatnonzero(mask[b, i]).tolist() == seen
-        scores = np.exp(q[b, i, n] @ k[b, seen, n // 2].T / np.sqrt(8))
-        np.testing.assert_allclose(got[b, i, 8 * n : 8 * n + 8], scores / scores.sum() @ v[b, seen, n // 2], atol=1e-5)
-
-
-def gradients(attention):
-    """The backward pass of an attention."""
-    return jax.grad(lambda q, k, v, mask: attention(q, k, v, mask).sum(), (0, 1, 2))
-
-
-@pytest.mark.parametrize("program", [lambda attention: attention, gradients], ids=["forward", "backward"])
-def test_chunks_bound_the_memory_of_attention(program):
-    q = jax.ShapeDtypeStruct((1, 4096, 8, 16), jnp.float32)
-    mask = jax.ShapeDtypeStruct((1, 1, 4096), jnp.bool_)
-
-    def temporary(backend, scores):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layers, "MAX_SCORES", scores)
-            compiled = jax.jit(program(layers.ATTENTION[backend])).lower(q, q, q, mask).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    whole = 8 * 4096**2 * 4
-    assert temporary("xla", 0) >= whole
-    assert temporary("chunked", 8 * 4096 * 64) < whole / 8
 
 
 def test_patches_round_trip_and_keep_neighbours_together():

@@ -324,3 +324,62 @@ def test_published_size_and_debug_size():
     assert parameters["debug"] < 30_000
     assert parameters["hunyuan_13b"] == pytest.approx(12.8e9, rel=0.01)
     assert parameters["flux_12b"] == pytest.approx(11.9e9, rel=0.01)
+
+
+MESHES = [
+    {"data": 8},
+    {"data": 1, "fsdp": 8},
+    {"data": 4, "tensor": 2},
+    {"data": 1, "context": 8},
+    {"data": 2, "fsdp": 2, "context": 2},
+    {"data": 1, "fsdp": 2, "tensor": 2, "context": 2},
+]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("known", ["channels", "replace"])
+def test_every_mesh_gives_the_numbers_of_one_device(known, quick_compilation):
+    """Prediction, features and gradients within 3e-5 of their largest value; 12 video and 5 text tokens fit no mesh."""
+    channels = 9 if known == "channels" else 4
+    config = dataclasses.replace(debug(), known=known, in_channels=channels, remat="full")
+    network = Network.create(MMDiT, config)
+    params = random_params(network)
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((8, 2, 4, 6, channels)).astype(np.float32)
+    text, pooled = (rng.standard_normal(size).astype(np.float32) for size in ((8, 5, 12), (8, 12)))
+    mask, t = np.arange(5)[None] < rng.integers(0, 6, 8)[:, None], np.linspace(0.1, 1, 8, dtype=np.float32)
+    options = {"known": (x[..., :1] > 0) & (np.arange(2)[None, :, None, None, None] == 0)} if known == "replace" else {}
+    cotangent = rng.standard_normal((8, 2, 4, 6, 4)).astype(np.float32)
+
+    def program(params, x, t, text, mask, pooled, options, cotangent):
+        def loss(params):
+            out, features = network(params, x, t, text, mask, pooled, intermediates=(1, 0), **options)
+            return jnp.vdot(out, cotangent) + jnp.square(features).mean(), (out, features)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    arguments = (params, x, t, text, mask, pooled, options, cotangent)
+    want = jax.jit(program)(*arguments)
+    for sizes in MESHES:
+        mesh = sharding.make_mesh(sharding.MeshConfig(**sizes))
+        placed = sharding.shardings(params, mesh, SHARDING_RULES, small=0)
+        data = jax.device_put(arguments[1:], sharding.batch_sharding(mesh))
+        got = jax.jit(sharding.over(mesh, program))(jax.device_put(params, placed), *data)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(one, other, atol=3e-5 * max(1, np.abs(other).max()), err_msg=str(sizes))
+
+
+def test_a_window_over_everything_is_full_attention(apply, params):
+    windowed = Network.create(MMDiT, dataclasses.replace(CONFIG, tile=(1, 1, 2), window=(9, 9, 9)))
+    want, narrow = apply(params, *inputs()), dataclasses.replace(CONFIG, tile=(1, 1, 1), window=(1, 1, 1))
+    np.testing.assert_allclose(windowed(params, *inputs()), want, atol=1e-5)
+    assert jnp.abs(Network.create(MMDiT, narrow)(params, *inputs()) - want).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"tile": (1, 2, 2)}, "go together"), ({"tile": (1, 2, 2), "window": (2, 1, 1)}, "windows odd ones")],
+)
+def test_windows_are_checked(fields, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(CONFIG, **fields)
