@@ -1,6 +1,8 @@
 """Attention against its definition: kernels, exchanges and rings over eight fake devices, windows of tiles."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from magic141_jax import sharding
+from magic141_jax.aot import topology
 from magic141_jax.errors import UserError
-from magic141_jax.models import attention, sequence
+from magic141_jax.models import attention, mmdit, sequence
+from magic141_jax.models.network import Network
 from magic141_jax.sharding import MeshConfig
 
 SPELLED_OUT = ("xla", "chunked", "jax")
@@ -244,3 +248,52 @@ def test_the_splash_kernel_skips_tiles_that_are_not_seen():
     visited = np.asarray(kernel.fwd_mask_info.block_mask)[0]
     # A row of four tiles visits its own and the text; that of the text visits all.
     assert (visited > 0).sum(1).tolist() == [2, 2, 2, 2, 5]
+
+
+def test_cudnn_serves_gpus(monkeypatch):
+    """Lowered for a GPU that is not there, which is asked no more than its library's version."""
+    library = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(library, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(library, "is_cuda_compute_capability_equal", lambda capability: False)
+    inputs, _ = draw(100, 2, width=64)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs[:3])
+
+    def loss(q, k, v, mask):
+        return attention.joint_attention(q, k, v, mask, backend="cudnn").astype(jnp.float32).sum()
+
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, v, inputs[3]).lower(lowering_platforms=("cuda",))
+    assert all(f"__cudnn$fmhaSoftmax{phase}" in program.as_text() for phase in ("(", "Backward"))
+
+
+@pytest.mark.heavy
+def test_kernel_and_ring_are_in_the_program_of_a_tpu_slice():
+    """A whole network, forward and backward: eight chips as two pairs that exchange heads, in a ring."""
+    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is in requirements-dev.txt")
+    mesh = sharding.make_mesh(MeshConfig(data=2, context=4), devices=topology.make("v6e:2x4").devices)
+    config = dataclasses.replace(
+        mmdit.debug(),
+        width=256,
+        heads=2,
+        head_width=128,
+        rope_axes=(16, 56, 56),
+        remat="full",
+        compute_dtype="bfloat16",
+    )
+    network = Network.create(mmdit.MMDiT, config)
+    where = sharding.shardings(network.abstract_params, mesh, mmdit.SHARDING_RULES)
+    params = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), network.abstract_params, where
+    )
+    shapes = [(2, 5, 32, 32, 9), (2,), (2, 30, 12), (2, 30), (2, 12)]
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(mesh)) for shape in shapes]
+
+    def loss(params, *inputs):
+        return jnp.square(network(params, *inputs)).mean()
+
+    program = jax.jit(sharding.over(mesh, jax.grad(loss))).lower(params, *inputs).compile().as_text()
+    kernels = set(re.findall(r"%splash_mha_(fwd|dq|dkv)_\S+ = .*custom-call.*tpu_custom_call", program))
+    assert kernels == {"fwd", "dq", "dkv"}
+    moved = re.findall(r"collective-permute-start\(.*?source_target_pairs=\{([\d,{}]*)\}", program)
+    assert any("{0,2}" in pairs for pairs in moved), "the ring, from one pair of chips to the next"
+    assert " all-to-all(" in program, "the exchange within a pair"
