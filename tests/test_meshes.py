@@ -20,30 +20,19 @@ MODEL = {"model": "mmdit", **to_dict(mmdit.debug()), "remat": "full"}
 ENCODER = {"model": "image_encoder", "patch": 8, "width": 8, "layers": 1, "heads": 1, "mlp": 16, "text_width": 12}
 # 2 frames of 4 x 6 latents are 12 tokens, 16 image tokens and 5 of text make 21: eight divides neither.
 DATA = {"path": "random", "height": 32, "width": 48, "num_frames": 5, "text_length": 5, "threads": 0}
-METHODS = {
-    "images and videos": {"name": "flow_matching", "known_frames": (0.3, 0.7)},
-    "distillation": {
-        "name": "dmd",
-        "known_frames": (0.3, 0.7),
-        "walk": {"steps": 2},
-        "guidance": 2.0,
-        "roles": {"rank": 2},
-    },
-    "an adversary": {
-        "name": "dmd",
-        "known_frames": (0.0, 1.0),
-        "walk": {"steps": 2},
-        "roles": {"rank": 2},
-        "matching": 0,
-    },
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"data": 4, "tensor": 2},
+    "context": {"context": 8},
+    "mixed": {"fsdp": 2, "tensor": 2, "context": 2},
 }
-MESHES = [
-    {"data": 8},
-    {"data": 1, "fsdp": 8},
-    {"data": 4, "tensor": 2},
-    {"data": 1, "context": 8},
-    {"data": 1, "fsdp": 2, "tensor": 2, "context": 2},
-]
+DMD = {"name": "dmd", "walk": {"steps": 2}, "roles": {"rank": 2}}
+RUNS = {
+    "images and videos": ({"name": "flow_matching", "known_frames": (0.3, 0.7)}, MESHES),
+    "distillation": ({**DMD, "known_frames": (0.3, 0.7), "guidance": 2.0}, ("fsdp", "context", "mixed")),
+    "an adversary": ({**DMD, "known_frames": (0.0, 1.0), "matching": 0.0, "adversarial": {"weight": 1.0}}, ("mixed",)),
+}
 
 
 def gradients(config, workdir, mesh, devices):
@@ -62,19 +51,20 @@ def gradients(config, workdir, mesh, devices):
     return jax.jit(sharding.over(experiment.mesh, program))(state.params, dict(method.frozen), batch)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", RUNS)
 def test_every_mesh_trains_as_one_device(name, weights_folder, tmp_path):
-    images = 8 if METHODS[name]["name"] == "flow_matching" else 0
+    method, meshes = RUNS[name]
+    images = 8 if method["name"] == "flow_matching" else 0
     config = make_config(
         model=MODEL,
         image_encoder=ENCODER,
-        method=METHODS[name],
+        method=method,
         data={**DATA, "image_batch": images, "video_batch": 8},
         teacher="" if images else str(weights_folder),
     ).to_dict()
     want = jax.device_get(gradients(config, tmp_path, {"data": 1}, jax.devices()[:1]))
-    for mesh in MESHES:
-        got = jax.device_get(gradients(config, tmp_path, {"data": 1} | mesh, jax.devices()))
+    for mesh in meshes:
+        got = jax.device_get(gradients(config, tmp_path, {"data": 1} | MESHES[mesh], jax.devices()))
         for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
             message = f"{mesh} {jax.tree_util.keystr(path)}"
             np.testing.assert_allclose(one, other, atol=1e-4 * max(1, np.abs(other).max()), err_msg=message)
