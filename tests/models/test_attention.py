@@ -266,6 +266,14 @@ def test_cudnn_serves_gpus(monkeypatch):
     assert all(f"__cudnn$fmhaSoftmax{phase}" in program.as_text() for phase in ("(", "Backward"))
 
 
+def test_cudnn_is_told_how_many_keys_count(monkeypatch):
+    """XLA stands in for cuDNN, with the same arguments: keys that count come first, and nothing else changes."""
+    given, (inputs, _) = jax.nn.dot_product_attention, draw(40, 2)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, implementation, **rest: given(*x, **rest))
+    got = attention.joint_attention(*inputs, backend="cudnn")
+    np.testing.assert_allclose(got, attention.joint_attention(*inputs, backend="xla"), atol=1e-5)
+
+
 @pytest.mark.heavy
 def test_kernel_and_ring_are_in_the_program_of_a_tpu_slice():
     """A whole network, forward and backward: eight chips as two pairs that exchange heads, in a ring."""
