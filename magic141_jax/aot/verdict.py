@@ -66,7 +66,7 @@ def reasons(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     elif results.get("allocations"):
         things += [{"what": f"{a['operator']} {a['shape']}", "bytes": a["bytes"]} for a in results["allocations"]]
     elif rest := results.get("memory", {}).get("total", 0) - sum(results["held"].values()):
-        things.append({"what": TEMPORARIES, "bytes": max(rest, 0)})
+        things.append({"what": f"{TEMPORARIES} and outputs", "bytes": max(rest, 0)})
     return sorted(things, key=lambda thing: -thing["bytes"])[:COUNT]
 
 

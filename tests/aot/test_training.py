@@ -1,4 +1,4 @@
-"""The steps of tiny experiments by shapes alone, and one compiled for a TPU slice."""
+"""The steps of tiny experiments by shapes alone, and one compiled for a TPU slice by the command."""
 
 import importlib.util
 import json
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from magic141_jax import settings, sharding
-from magic141_jax.aot import hlo, program, report, topology
+from magic141_jax.aot import hlo, program, report, topology, training
 from magic141_jax.errors import UserError
 from magic141_jax.experiment import make_config
 from magic141_jax.models import lora, mmdit
@@ -32,15 +32,14 @@ def dmd(**roles):
 
 def shapes(values, chips, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    experiment = program.open_experiment(values.to_dict(), topology.make(f"h100:{chips}"))
-    return experiment, program.inputs(experiment)
+    return training.train(values.to_dict(), topology.make(f"h100:{chips}"))
 
 
 def test_roles_are_held_as_counted_and_nothing_is_read(monkeypatch):
-    _, given = shapes(dmd(student="full", fake="adapter", teacher_dtype="bfloat16"), 1, monkeypatch)
+    made = shapes(dmd(student="full", fake="adapter", teacher_dtype="bfloat16"), 1, monkeypatch)
     whole, adapter = count(NETWORK.abstract_params), count(lora.adapted(NETWORK, 2).abstract_params)
     adapter -= whole
-    held = program.held(given)
+    held = program.held(made)
     assert held["teacher, frozen"] == 2 * whole
     assert held["student, parameters"] == held["student, average"] == 4 * whole
     assert held["fake, parameters"] == 4 * adapter
@@ -50,14 +49,17 @@ def test_roles_are_held_as_counted_and_nothing_is_read(monkeypatch):
 
 
 def test_leaves_have_the_shardings_of_training(monkeypatch):
-    experiment, given = shapes(dmd(student="adapter"), 4, monkeypatch)
-    assert all(leaf.sharding.mesh == experiment.mesh for leaf in jax.tree.leaves(vars(given)))
-    assert given.batch["video"]["latents"].sharding.shard_shape((4, 2, 2, 2, 4))[0] == 1
-    kernel = given.frozen["teacher"]["transformer"]["double_blocks"]["video"]["qkv"]["kernel"]
+    made = shapes(dmd(student="adapter"), 4, monkeypatch)
+    state, batch, frozen = made.arguments
+    assert len({leaf.sharding.mesh for leaf in jax.tree.leaves(made.arguments)}) == 1
+    assert batch["video"]["latents"].sharding.shard_shape((4, 2, 2, 2, 4))[0] == 1
+    kernel = frozen["teacher"]["transformer"]["double_blocks"]["video"]["qkv"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (1, 16 // 4, 48)
-    described = program.describe(experiment, given)
+    assert state.params.keys() == {"student", "fake"} and made.static == {"active": ("student", "fake")}
+    described = made.description
     assert described["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "context": 1} and described["samples"] == 1
     assert described["roles"] == ["student", "fake"] and described["clip"] == [5, 16, 16]
+    assert described["what"] == "step 0 of dmd updates student and fake"
 
 
 @pytest.mark.parametrize("name", ["hunyuan13b_distil_tpu", "hunyuan13b_distil_h100"])
@@ -66,17 +68,19 @@ def test_13_billion_parameters_are_held_once(name, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.syspath_prepend(ROOT)
     spec.loader.exec_module(module)
-    experiment, given = shapes(module.get_config(), 8, monkeypatch)
-    held = program.held(given)
+    made = shapes(module.get_config(), 8, monkeypatch)
+    held = program.held(made)
     assert 25.6e9 / 8 < held.pop("teacher, frozen") < 25.8e9 / 8  # bfloat16, in eighths
     assert sum(held.values()) < 1.5e9 and "fake, average" not in held
-    assert program.describe(experiment, given)["samples"] == 1
+    assert made.description["samples"] == 1
 
 
 def test_other_models_are_refused(monkeypatch):
     values = make_config(model={"model": "patch_vae"}, method={"name": "autoencoding"}, data={"video_batch": 8})
     with pytest.raises(UserError, match="only steps of the model 'mmdit'"):
         shapes(values, 1, monkeypatch)
+    with pytest.raises(UserError, match=r"--batch is of the programs that sample"):
+        training.train(dmd().to_dict(), topology.make("h100:1"), batch=2)
 
 
 def test_a_step_compiles_for_a_slice(command_line, tmp_path, libtpu):
@@ -99,13 +103,20 @@ def test_a_step_compiles_for_a_slice(command_line, tmp_path, libtpu):
     assert results["collectives"]["all-reduce"]["bytes"] > 0  # gradients are summed
     assert results["flops"] > 3 * 2 * 4 * 8 * count(NETWORK.abstract_params["single_blocks"])  # 4 clips, 8 tokens each
     assert results["seconds_at_peak"] == results["flops"] / (4 * topology.CHIPS["v6e"].rate)
+    times = results["roofline"]
+    assert times["roofline"] == max(times["operations"], times["hbm"], times["interconnect"]) > 0
+    assert results["program"] == "train" and {"temporaries", "student, moments"} <= {
+        reason["what"] for reason in results["reasons"]
+    }
     assert results["command"].endswith("--topology=v6e:2x2 --config.optimizer.b1=0.8")
     page = tmp_path / "page.md"
     page.write_text("\n".join(("# Layouts", *report.MARKERS, "the end")))
     saved.rename(tmp_path / "a.json")
     code, output, errors = command_line("magic141_jax.aot", f"--table={tmp_path}", f"--page={page}")
     assert (
-        code == 0 and "| tiny, v6e:2x2 | fsdp 4 | 1 of 16x16x5 |" in page.read_text() and "the end" in page.read_text()
+        code == 0
+        and "| tiny, v6e:2x2 | train | fsdp 4 | 4 of 16x16x5 |" in page.read_text()
+        and "the end" in page.read_text()
     )
 
 
@@ -116,6 +127,7 @@ def test_a_step_compiles_for_a_slice(command_line, tmp_path, libtpu):
         (["--topology=v6e:2x2"], "--config and --topology are needed"),
         ([f"--config={ROOT / 'configs/debug.py'}", "--topology=v9:2"], "unknown chip 'v9'"),
         ([f"--config={ROOT / 'configs/debug.py'}", "--topology=h100:1", "--json=no/folder.json"], "no folder no"),
+        ([f"--config={ROOT / 'configs/debug.py'}", "--topology=h100:1", "--program=smapler"], "mean 'sampler'"),
         (["--table=no/folder"], "no results"),
     ],
 )
