@@ -191,8 +191,8 @@ def _touched(program: Program, scope: Computation, instruction: Instruction) -> 
     if opcode in FREE or opcode.endswith("-done"):
         return 0
     result = _hbm_bytes(shape)
-    if opcode.endswith("-start") and shape.startswith("("):
-        return result  # the operands are part of it
+    if opcode.endswith("-start") and shape.startswith("("):  # (operands, results, ...)
+        return _slice_bytes(shape) if opcode.removesuffix("-start") in SLICES else result
     sizes = [_hbm_bytes(scope[name].shape) if name in scope else 0 for name in operands]
     if opcode in SLICES:
         return result + min(sizes[0], _result_bytes(shape))
@@ -203,6 +203,12 @@ def _touched(program: Program, scope: Computation, instruction: Instruction) -> 
         read = [min(size, _read(program, inside, number)) for number, size in enumerate(sizes) if size]
         return sum(read) + min(result, _written(inside))
     return result + sum(sizes)
+
+
+def _slice_bytes(shape: str) -> int:
+    """Bytes of a slice that is started: read where it is cut, and written where that is in HBM."""
+    part = _elements(shape)[1]
+    return _result_bytes(part) + _hbm_bytes(part)
 
 
 def _read(program: Program, inside: Computation, number: int) -> int:

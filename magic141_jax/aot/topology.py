@@ -187,7 +187,7 @@ def _tpu(name: str, chip: Chip, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
 
 def _gpu(name: str, count: int) -> Sequence[jax.Device]:
     hosts, rest = divmod(count, NODE)
-    if hosts > 1 and rest:
+    if hosts and rest:
         raise UserError(f"--topology {name}: more than {NODE} GPUs are whole nodes of {NODE}")
     shape = f"1x{hosts}x{NODE}" if hosts else f"1x1x{count}"  # slices, hosts, GPUs of a host
     try:

@@ -61,11 +61,12 @@ def reasons(results: Mapping[str, Any]) -> list[dict[str, Any]]:
       results: with "fits", "held", and as far as they are known "memory" and "allocations".
     """
     things = [{"what": name, "bytes": size} for name, size in results["held"].items()]
-    if results["fits"]:
-        things.append({"what": TEMPORARIES, "bytes": results["memory"][TEMPORARIES]})
-    elif results.get("allocations"):
-        things += [{"what": f"{a['operator']} {a['shape']}", "bytes": a["bytes"]} for a in results["allocations"]]
-    elif rest := results.get("memory", {}).get("total", 0) - sum(results["held"].values()):
+    memory, arrays = results.get("memory", {}), results.get("allocations")
+    if arrays and not results["fits"]:
+        things += [{"what": f"{array['operator']} {array['shape']}", "bytes": array["bytes"]} for array in arrays]
+    elif TEMPORARIES in memory:
+        things.append({"what": TEMPORARIES, "bytes": memory[TEMPORARIES]})
+    elif rest := memory.get("total", 0) - sum(results["held"].values()):
         things.append({"what": f"{TEMPORARIES} and outputs", "bytes": max(rest, 0)})
     return sorted(things, key=lambda thing: -thing["bytes"])[:COUNT]
 

@@ -131,6 +131,8 @@ SLICED = """HloModule m
 
 ENTRY %main (p: bf16[6,256,128]) -> f32[6,64] {
   %loop = (s32[], bf16[6,256,128]{2,1,0}, f32[6,64]{1,0}) while(%t), condition=%turning, body=%body, backend_config={"known_trip_count":{"n":"6"}}
+  %slice-start.1 = ((f32[6,64]{1,0}), f32[2,64]{1,0:S(1)}, u32[]{:S(2)}) slice-start(%y), slice={[0:2], [0:64]}
+  %slice-done.1 = f32[2,64]{1,0:S(1)} slice-done(%slice-start.1)
   %cut = f32[1,64]{1,0} dynamic-slice(%y, %n, %n), dynamic_slice_sizes={1,64}
   ROOT %out.1 = f32[6,64]{1,0} get-tuple-element(%loop), index=2
 }
@@ -144,7 +146,7 @@ def test_slices_count_and_not_the_stacks_that_they_are_cut_from():
     kept = row + row  # the new row read and written in place
     copied = row  # from HBM to the core
     program = hlo.parse(SLICED)
-    assert hlo.touched(program) == 6 * (layer + reduced + kept + copied) + row
+    assert hlo.touched(program) == 6 * (layer + reduced + kept + copied) + 2 * row + row
     assert hlo.largest(program) == [
         {"bytes": 6 * row, "shape": "f32[6,64]", "operator": "fusion"},
         {"bytes": row, "shape": "f32[1,64]", "operator": "reduce_sum"},
