@@ -1,12 +1,13 @@
-"""`python -m magic141_jax.aot`: compiles the training step of a config for chips that nobody has at hand.
+"""`python -m magic141_jax.aot`: compiles a program of a config for chips that nobody has at hand.
 
     python -m magic141_jax.aot --config=configs/hunyuan13b_distil_tpu.py --topology=v5p:2x2x2 [--json=FILE]
-        [--config.data.num_frames=33 ...]
+        [--program=train|text|encode|sampler|decode] [--batch=CLIPS] [--config.data.num_frames=33 ...]
     python -m magic141_jax.aot --table=docs/results/aot --page=docs/layouts.md
 
-Slices are v4, v5e, v5p or v6e with their sizes, or h100 with a number. No weights and no data are read. A step for
-GPUs is compiled where XLA's CUDA plugin is installed (pip install jax[cuda13]), and else measured by shapes alone. The
-second form puts the results saved by the first into a page, between its markers.
+Slices are v4, v5e, v5p or v6e with their sizes, or h100 with a number. The program is the training step, or a stage of
+a pipeline call with the config's model. No weights and no data are read. Programs for GPUs are compiled where XLA's
+CUDA plugin is installed (pip install jax[cuda13]), and else measured by shapes alone. The second form puts the results
+saved by the first into a page, between its markers.
 """
 
 from __future__ import annotations
@@ -23,14 +24,23 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from magic141_jax import command_line
-from magic141_jax.aot import program, report, topology
-from magic141_jax.errors import UserError, run_entry_point
+from magic141_jax.aot import program, report, stages, topology, training
+from magic141_jax.errors import UserError, nearest, run_entry_point
 from magic141_jax.evaluation.report import require_folders, update_card, write
+
+# Name -> (the config's values, topology, batch) -> the program
+PROGRAMS = {
+    "train": training.train,
+    "text": stages.text,
+    "encode": stages.encode,
+    "sampler": stages.sampler,
+    "decode": stages.decode,
+}
 
 
 def _flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "Whose step: a file of configs/.", flag_values=values)
+    config_flags.DEFINE_config_file("config", None, "Whose program: a file of configs/.", flag_values=values)
     for name, text in {
         "topology": "For which chips: v5p:2x2x2, v6e:4x4, h100:8...",
         "json": "Write the results here.",
@@ -38,6 +48,12 @@ def _flags() -> flags.FlagValues:
         "page": "With --table: put the table between this page's markers.",
     }.items():
         flags.DEFINE_string(name, None, text, flag_values=values)
+    flags.DEFINE_string("program", "train", f"Which program: {', '.join(PROGRAMS)}.", flag_values=values)
+    flags.DEFINE_integer(
+        "batch", None, "How many clips a pipeline's program makes at once; 1 unless said.", flag_values=values
+    )
+    text = "Compile what the compiler refuses for its memory all the same, for its account; this takes long."
+    flags.DEFINE_bool("insist", False, text, flag_values=values)
     return values
 
 
@@ -50,43 +66,48 @@ def main() -> None:
         return
     if config is None or not values.topology:
         raise UserError("--config and --topology are needed, such as --config=configs/debug.py --topology=v5p:2x2x2")
+    if values.program not in PROGRAMS:
+        raise UserError(f"--program={values.program}: unknown.{nearest(values.program, PROGRAMS)}")
     target = Path(values.json) if values.json else None
     require_folders(target)
     jax.config.update("jax_platforms", "cpu")
-    results = measure(config, topology.make(values.topology), name=Path(values["config"].config_filename).stem)
-    results["command"] = f"python -m magic141_jax.aot {shlex.join(_without(sys.argv[1:], 'json'))}"
+    results = _measure(values, config)
     if target:
         write(target, json.dumps(results, indent=2) + "\n")
     print(report.summary(results))
 
 
-def measure(config: ConfigDict, made: topology.Topology, *, name: str) -> dict[str, Any]:
-    """The results of a config's step on a topology, compiled where it can be."""
-    experiment = program.open_experiment(config.to_dict(), made)
-    given = program.inputs(experiment)
-    step = program.traced(experiment, given)
-    results = {
-        "config": name,
+def _measure(values: flags.FlagValues, config: ConfigDict) -> dict[str, Any]:
+    """The results of the program that the flags name, compiled where it can be."""
+    made = topology.make(values.topology)
+    asked = PROGRAMS[values.program](config.to_dict(), made, values.batch)
+    return {
+        "config": Path(values["config"].config_filename).stem,
+        "program": values.program,
         "topology": made.name,
         "chips": len(made.devices),
         "chip_memory": made.chip.memory,
         "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),
-        **program.describe(experiment, given),
-        **program.operations(step, made),
+        **program.measure(asked, made, insist=values.insist),
+        "command": f"python -m magic141_jax.aot {shlex.join(_without(sys.argv[1:], 'json'))}",
     }
-    return results | (program.compiled(step, made) if made.compiles else {})
 
 
 def _write_table(folder: Path, page: str | None) -> None:
-    body = report.table(report.read_folder(folder))
-    print(body)
-    if page:
-        try:
-            text = Path(page).read_text()
-        except OSError as error:
-            raise UserError(f"can't read the page {page}: {error.strerror}") from None
-        write(Path(page), update_card(text, f"\n{body}\n", markers=report.MARKERS))
+    found = report.read_folder(folder)
+    tables = {report.MARKERS: report.table(found), report.CLIP_MARKERS: report.clips(found)}
+    print("\n\n".join(filter(None, tables.values())))
+    if not page:
+        return
+    try:
+        text = Path(page).read_text()
+    except OSError as error:
+        raise UserError(f"can't read the page {page}: {error.strerror}") from None
+    for markers, body in tables.items():
+        if body or markers[0] in text:
+            text = update_card(text, f"\n{body}\n", markers=markers)
+    write(Path(page), text)
 
 
 def _without(arguments: list[str], flag: str) -> list[str]:

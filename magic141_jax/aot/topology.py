@@ -6,15 +6,17 @@ where it is not installed, shapes and shardings are still known, and a GPU topol
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
 from magic141_jax.errors import UserError, nearest
@@ -29,28 +31,36 @@ class Chip:
     Attributes:
       memory: bytes of its HBM.
       rate: of its matrix units in bfloat16, operations a second.
+      bandwidth: of its HBM, bytes a second.
+      interconnect: of all its links to other chips together, in one direction, bytes a second.
       dimensions: of the torus that a slice of them is; 0 for GPUs, which are counted.
+      ring: axes of multiples of so many chips have their ends joined, in three dimensions if all are; others are open.
       options: what the TPU compiler wants besides.
     """
 
     memory: int
     rate: float
+    bandwidth: float
+    interconnect: float
     dimensions: int
+    ring: int = 0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 ONE_DEVICE = {"chip_config_name": "megacore"}  # both cores of a chip are one device
 
-# HBM and rate of a chip: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "System architecture"; the GPU's HBM is what CUDA
-# reports on an H100 SXM of 80 GB (NVIDIA's data sheet), a little less than that, and its rate is without sparsity.
+# Of a TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "System architecture"; of its links half of what is published as
+# bidirectional, and v4's are the six of 50 GB/s of arXiv 2304.01433. Of an H100 SXM of 80 GB: NVIDIA's data sheet, its
+# rate without sparsity, NVLink likewise halved; its HBM is what CUDA reports, a little less than that.
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 3, ONE_DEVICE),
-    "v5e": Chip(16 * GIB, 197e12, 2),
-    "v5p": Chip(95 * GIB, 459e12, 3, ONE_DEVICE),
-    "v6e": Chip(32 * GIB, 918e12, 2),
-    "h100": Chip(84929347584, 989e12, 0),
+    "v4": Chip(32 * GIB, 275e12, 1200e9, 300e9, dimensions=3, ring=4, options=ONE_DEVICE),
+    "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9, dimensions=2, ring=16),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, dimensions=3, ring=4, options=ONE_DEVICE),
+    "v6e": Chip(32 * GIB, 918e12, 1638e9, 400e9, dimensions=2, ring=16),
+    "h100": Chip(84929347584, 989e12, 3350e9, 450e9, dimensions=0),
 }
 FULL_HOST = 4  # chips of the smallest slice that the compiler takes for a whole host
+NODE = 8  # GPUs of a host
 # XLA's description of an H100 SXM (compute capability 9.0), as its GPU compiler wants it in place of a device
 H100 = """
 gpu_device_info {
@@ -75,7 +85,8 @@ ENVIRONMENT = {
     "TPU_WORKER_ID": "0",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
 }
-NO_TUNING = "--xla_gpu_shard_autotuning=false --xla_gpu_autotune_level=0"
+CUDNN_VERSION, CAPABILITY = 91200, (9, 0)  # those that H100 above tells the compiler of
+NO_TUNING = {"xla_gpu_autotune_level": 0, "xla_gpu_shard_autotuning": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +98,17 @@ class Topology:
       chip: its accelerators.
       devices: one a chip.
       compiles: whether programs can be compiled for them here.
+      interconnect: bytes a second that a chip can receive, on average over the chips: of an open axis, the first and
+        the last have one link less.
+      options: for the compiler of a program.
     """
 
     name: str
     chip: Chip
     devices: Sequence[jax.Device]
     compiles: bool
+    interconnect: float
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def make(name: str) -> Topology:
@@ -111,8 +127,50 @@ def make(name: str) -> Topology:
     sizes = tuple(map(int, size.split("x")))
     os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
     if chip.dimensions:
-        return Topology(name, chip, _tpu(name, chip, sizes), compiles=True)
-    return _gpu(name, chip, *sizes)
+        devices = _tpu(name, chip, sizes)
+        return Topology(
+            name, chip, devices, compiles=True, interconnect=chip.interconnect * share_of_links(chip, sizes)
+        )
+    if importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda13"):
+        devices = _gpu(name, *sizes)
+        return Topology(name, chip, devices, compiles=True, interconnect=chip.interconnect, options=NO_TUNING)
+    return Topology(name, chip, _stand_ins(name, *sizes), compiles=False, interconnect=chip.interconnect)
+
+
+def share_of_links(chip: Chip, sizes: Sequence[int]) -> float:
+    """The share of the links of its TPU chips that a slice uses, on average: an open axis of n has 2 (n - 1) for n."""
+    rings = [size % chip.ring == 0 for size in sizes]
+    joined = rings if chip.dimensions == 2 else [all(rings)] * len(sizes)
+    return sum(1 if ring else (n - 1) / n for n, ring in zip(sizes, joined)) / chip.dimensions
+
+
+@contextlib.contextmanager
+def as_if_there(topology: Topology) -> Iterator[None]:
+    """Inside, jax takes the GPUs of a topology for there where it asks for them: for cuDNN's attention.
+
+    While that is traced and lowered, jax asks the machine for the version of cuDNN and the capability of the GPU. The
+    answers decide what it refuses, not what it compiles.
+    """
+    if topology.chip.dimensions or not topology.compiles:
+        yield
+        return
+    answers = {
+        "check_cudnn_version": lambda: CUDNN_VERSION,
+        "check_compute_capability": lambda least: _version(least) <= CAPABILITY,
+        "is_cuda_compute_capability_equal": lambda wanted: _version(wanted) == CAPABILITY,
+    }
+    before = {name: getattr(fused_attention_stablehlo, name) for name in answers}
+    try:
+        for name, answer in answers.items():
+            setattr(fused_attention_stablehlo, name, answer)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(fused_attention_stablehlo, name, function)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")))
 
 
 def _tpu(name: str, chip: Chip, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
@@ -127,14 +185,21 @@ def _tpu(name: str, chip: Chip, sizes: tuple[int, ...]) -> Sequence[jax.Device]:
         raise UserError(f"--topology {name}: {str(error).splitlines()[0]}") from None
 
 
-def _gpu(name: str, chip: Chip, count: int) -> Topology:
-    if importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda13"):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NO_TUNING}".strip()
-        made = topologies.get_topology_desc("h100", "cuda", target_config=H100, topology=f"1x1x{count}")
-        return Topology(name, chip, made.devices, compiles=True)
+def _gpu(name: str, count: int) -> Sequence[jax.Device]:
+    hosts, rest = divmod(count, NODE)
+    if hosts and rest:
+        raise UserError(f"--topology {name}: more than {NODE} GPUs are whole nodes of {NODE}")
+    shape = f"1x{hosts}x{NODE}" if hosts else f"1x1x{count}"  # slices, hosts, GPUs of a host
+    try:
+        return topologies.get_topology_desc("h100", "cuda", target_config=H100, topology=shape).devices
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--topology {name}: {str(error).splitlines()[0]}") from None
+
+
+def _stand_ins(name: str, count: int) -> Sequence[jax.Device]:
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:  # the devices are there already
         if len(jax.devices("cpu")) < count:
             raise UserError(f"--topology {name} needs {count} CPU devices to stand in for GPUs") from None
-    return Topology(name, chip, jax.devices("cpu")[:count], compiles=False)
+    return jax.devices("cpu")[:count]

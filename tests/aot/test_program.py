@@ -1,144 +1,99 @@
-"""The steps of tiny experiments by shapes alone, and one compiled for a TPU slice."""
+"""Small programs compiled for slices and nodes, against accounts by hand."""
 
-import importlib.util
-import json
-from pathlib import Path
+import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from magic141_jax import settings, sharding
-from magic141_jax.aot import hlo, program, report, topology
-from magic141_jax.errors import UserError
-from magic141_jax.experiment import make_config
-from magic141_jax.models import lora, mmdit
-from magic141_jax.models.network import Network
-from magic141_jax.pytree import count
+from magic141_jax import sharding
+from magic141_jax.aot import program, topology
+from magic141_jax.aot.program import Program
 
-ROOT = Path(__file__).parents[2]
-NETWORK = Network.create(mmdit.MMDiT, mmdit.debug())
-MODEL = {"model": "mmdit", **settings.to_dict(mmdit.debug())}
-DATA = {"path": "nowhere", "height": 16, "width": 16, "num_frames": 5, "video_batch": 4, "text_length": 3}
+MIB = 2**20
+LAYERS, WIDTH, ROWS = 6, 1024, 2048
 
 
-def config(method, **rest):
-    return make_config(model=MODEL, method=method, data=DATA, mesh={"data": 1, "fsdp": -1}, **rest)
+def stack(made, axis="fsdp", dtype=jnp.bfloat16):
+    """A stack of square layers with rows through it, both split over the devices."""
+    mesh = sharding.make_mesh(sharding.MeshConfig(**{"data": 1, axis: -1}), devices=made.devices)
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    kernels = shape((LAYERS, WIDTH, WIDTH), sharding=NamedSharding(mesh, P(None, axis)))
+    rows = shape((ROWS, WIDTH), sharding=sharding.batch_sharding(mesh))
+
+    def run(kernels, x):
+        return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, kernels)[0]
+
+    held = {"kernels": kernels, "rows": rows, "nothing": {}}
+    return Program(jax.jit(run), (kernels, rows), held, {"what": "a stack"})
 
 
-def dmd(**roles):
-    return config({"name": "dmd", "roles": {"rank": 2, **roles}}, teacher="nowhere")
+def check_account(found, chips):
+    weights, rows = 2 * LAYERS * WIDTH * WIDTH, 2 * ROWS * WIDTH
+    assert found["what"] == "a stack" and found["fits"] is True
+    assert found["held"] == {"kernels": weights // chips, "rows": rows // chips}
+    assert found["memory"]["arguments"] == (weights + rows) // chips
+    assert found["flops"] == 2 * ROWS * WIDTH * WIDTH * LAYERS
+    gathered = found["collectives"]["all-gather"]
+    assert gathered["count"] == LAYERS and gathered["bytes"] == weights
+    assert gathered["received"] == weights * (chips - 1) // chips
+    assert {reason["what"] for reason in found["reasons"]} == {"kernels", "rows", "temporaries"}
+    return weights, rows
 
 
-def shapes(values, chips, monkeypatch):
+def test_a_slice(slice_of_four):
+    found = program.measure(stack(slice_of_four), slice_of_four)
+    weights, rows = check_account(found, chips=4)
+    chip, times = topology.CHIPS["v6e"], found["roofline"]
+    assert times["operations"] == found["seconds_at_peak"] == found["flops"] / 4 / chip.rate
+    # Each chip reads its part of the weights; what is gathered stays near its cores. On a square a chip has two links.
+    assert (weights + 2 * rows) / 4 <= times["hbm"] * chip.bandwidth <= 3 * weights
+    assert times["interconnect"] == weights * 3 / 4 / (chip.interconnect / 2)
+
+
+def test_a_node_of_gpus(two_gpus):
+    found = program.measure(stack(two_gpus), two_gpus)
+    weights, _ = check_account(found, chips=2)
+    assert found["roofline"]["interconnect"] == weights / 2 / topology.CHIPS["h100"].interconnect
+
+
+def test_cudnn_attention_is_compiled_without_a_gpu(two_gpus):
+    where = sharding.batch_sharding(sharding.make_mesh(devices=two_gpus.devices))
+    q = jax.ShapeDtypeStruct((2, 256, 2, 128), jnp.bfloat16, sharding=where)
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    found = program.measure(Program(jax.jit(attend), (q, q, q), {"qkv": (q, q, q)}, {}), two_gpus)
+    assert found["fits"] and found["flops"] == 4 * 2 * 256 * 256 * 2 * 128
+
+
+def test_stand_ins_give_no_verdict(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    experiment = program.open_experiment(values.to_dict(), topology.make(f"h100:{chips}"))
-    return experiment, program.inputs(experiment)
+    made = topology.make("h100:4")
+    found = program.measure(stack(made), made)
+    assert found["roofline"] == {"operations": found["seconds_at_peak"]}
+    assert not {"fits", "memory", "reasons"} & found.keys()
 
 
-def test_roles_are_held_as_counted_and_nothing_is_read(monkeypatch):
-    _, given = shapes(dmd(student="full", fake="adapter", teacher_dtype="bfloat16"), 1, monkeypatch)
-    whole, adapter = count(NETWORK.abstract_params), count(lora.adapted(NETWORK, 2).abstract_params)
-    adapter -= whole
-    held = program.held(given)
-    assert held["teacher, frozen"] == 2 * whole
-    assert held["student, parameters"] == held["student, average"] == 4 * whole
-    assert held["fake, parameters"] == 4 * adapter
-    assert 0 <= held["fake, moments"] - 8 * adapter <= 64 >= held["student, moments"] - 8 * whole >= 0  # and counters
-    latents, tokens = 4 * 2 * 2 * 2 * 4, 4 * 3 * 12
-    assert held["batch"] == 2 * (latents + tokens + 4 * 12) + 4 * 3 + 4 * 16 * 16 * 3
+def test_what_is_too_large(slice_of_four):
+    mesh = sharding.make_mesh(devices=slice_of_four.devices)
+    x = jax.ShapeDtypeStruct((4, 10 * MIB, 1024), jnp.bfloat16, sharding=sharding.batch_sharding(mesh))
+    large = Program(jax.jit(jnp.sin), (x,), {"x": x}, {})
+    found = program.measure(large, slice_of_four)
+    gib = 2**30
+    assert found["fits"] is False and "Ran out of memory on HBM" in found["refused"] and "\n" not in found["refused"]
+    assert found["memory"] == {"total": 40 * gib}
+    parts = [{"what": "x", "bytes": 20 * gib}, {"what": "temporaries and outputs", "bytes": 20 * gib}]
+    assert found["reasons"] == parts and found["roofline"] == {"operations": 0.0}
+    insisted = program.measure(large, slice_of_four, insist=True)
+    assert insisted["fits"] is False and insisted["memory"]["total"] == 40 * gib
+    assert insisted["reasons"][1] == {"what": "sin bf16[1,10485760,1024]", "bytes": 20 * gib}
+    assert insisted["roofline"]["hbm"] == 40 * gib / topology.CHIPS["v6e"].bandwidth
 
 
-def test_leaves_have_the_shardings_of_training(monkeypatch):
-    experiment, given = shapes(dmd(student="adapter"), 4, monkeypatch)
-    assert all(leaf.sharding.mesh == experiment.mesh for leaf in jax.tree.leaves(vars(given)))
-    assert given.batch["video"]["latents"].sharding.shard_shape((4, 2, 2, 2, 4))[0] == 1
-    kernel = given.frozen["teacher"]["transformer"]["double_blocks"]["video"]["qkv"]["kernel"]
-    assert kernel.sharding.shard_shape(kernel.shape) == (1, 16 // 4, 48)
-    described = program.describe(experiment, given)
-    assert described["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "context": 1} and described["samples"] == 1
-    assert described["roles"] == ["student", "fake"] and described["clip"] == [5, 16, 16]
-
-
-@pytest.mark.parametrize("name", ["hunyuan13b_distil_tpu", "hunyuan13b_distil_h100"])
-def test_13_billion_parameters_are_held_once(name, monkeypatch):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.syspath_prepend(ROOT)
-    spec.loader.exec_module(module)
-    experiment, given = shapes(module.get_config(), 8, monkeypatch)
-    held = program.held(given)
-    assert 25.6e9 / 8 < held.pop("teacher, frozen") < 25.8e9 / 8  # bfloat16, in eighths
-    assert sum(held.values()) < 1.5e9 and "fake, average" not in held
-    assert program.describe(experiment, given)["samples"] == 1
-
-
-def test_other_models_are_refused(monkeypatch):
-    values = make_config(model={"model": "patch_vae"}, method={"name": "autoencoding"}, data={"video_batch": 8})
-    with pytest.raises(UserError, match="only steps of the model 'mmdit'"):
-        shapes(values, 1, monkeypatch)
-
-
-def test_a_step_compiles_for_a_slice(command_line, tmp_path, libtpu):
-    values = config({"name": "flow_matching", "known_frames": (0.0, 1.0)})
-    file = tmp_path / "tiny.py"
-    file.write_text(
-        f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({values.to_dict()})\n"
-    )
-    saved = tmp_path / "tiny.json"
-    code, output, errors = command_line(
-        "magic141_jax.aot", f"--config={file}", "--topology=v6e:2x2", f"--json={saved}", "--config.optimizer.b1=0.8"
-    )
-    assert code == 0, errors
-    results = json.loads(saved.read_text())
-    assert results["fits"] is True and "fits: " in output
-    held, memory = sum(results["held"].values()), results["memory"]
-    assert held <= memory["arguments"] and memory["temporaries"] > 0  # arguments are padded to the chip's tiles
-    assert memory["aliased"] > 0.9 * sum(s for name, s in results["held"].items() if name.startswith("student"))
-    assert set(results["collectives"]) & {"all-gather", "collective-permute"}  # weights lie in slices
-    assert results["collectives"]["all-reduce"]["bytes"] > 0  # gradients are summed
-    assert results["flops"] > 3 * 2 * 4 * 8 * count(NETWORK.abstract_params["single_blocks"])  # 4 clips, 8 tokens each
-    assert results["seconds_at_peak"] == results["flops"] / (4 * topology.CHIPS["v6e"].rate)
-    assert results["command"].endswith("--topology=v6e:2x2 --config.optimizer.b1=0.8")
-    page = tmp_path / "page.md"
-    page.write_text("\n".join(("# Layouts", *report.MARKERS, "the end")))
-    saved.rename(tmp_path / "a.json")
-    code, output, errors = command_line("magic141_jax.aot", f"--table={tmp_path}", f"--page={page}")
-    assert (
-        code == 0 and "| tiny, v6e:2x2 | fsdp 4 | 1 of 16x16x5 |" in page.read_text() and "the end" in page.read_text()
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "--config and --topology are needed"),
-        (["--topology=v6e:2x2"], "--config and --topology are needed"),
-        ([f"--config={ROOT / 'configs/debug.py'}", "--topology=v9:2"], "unknown chip 'v9'"),
-        ([f"--config={ROOT / 'configs/debug.py'}", "--topology=h100:1", "--json=no/folder.json"], "no folder no"),
-        (["--table=no/folder"], "no results"),
-    ],
-)
-def test_mistakes_are_one_line(command_line, arguments, message):
-    code, _, errors = command_line("magic141_jax.aot", *arguments)
-    assert code == 2 and message in errors and errors.count("\n") == 1
-
-
-def test_weights_travel_and_activations_stay():
-    """Four times the tokens move no byte more: a layer's weights are gathered, never the batch."""
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=4))
-    params, rules = NETWORK.abstract_params, mmdit.SHARDING_RULES
-    params = jax.tree.map(program.struct, params, sharding.shardings(params, mesh, rules, small=0))
-
-    def loss(params, *inputs):
-        return jnp.sum(NETWORK(params, *inputs) ** 2)
-
-    def moved(side):
-        split = sharding.batch_sharding(mesh)
-        shapes = [(8, 2, side, side, 9), (8,), (8, 3, 12), (8, 3), (8, 12)]
-        inputs = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split) for shape in shapes]
-        step = jax.jit(sharding.over(mesh, jax.grad(loss)), out_shardings=jax.tree.map(lambda x: x.sharding, params))
-        return hlo.collectives(step.lower(params, *inputs).compile().as_text())
-
-    small = moved(4)
-    assert small["all-gather"]["bytes"] > 0 and moved(8) == small
+def test_other_errors_of_the_compiler_are_raised(slice_of_four, monkeypatch):
+    monkeypatch.setattr(program, "TOO_LARGE", "nothing is too large")
+    mesh = sharding.make_mesh(devices=slice_of_four.devices)
+    x = jax.ShapeDtypeStruct((4, 10 * MIB, 1024), jnp.bfloat16, sharding=sharding.batch_sharding(mesh))
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        program.measure(Program(jax.jit(jnp.sin), (x,), {"x": x}, {}), slice_of_four)
