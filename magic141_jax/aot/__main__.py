@@ -2,12 +2,13 @@
 
     python -m magic141_jax.aot --config=configs/hunyuan13b_distil_tpu.py --topology=v5p:2x2x2 [--json=FILE]
         [--program=train|text|encode|sampler|decode] [--batch=CLIPS] [--config.data.num_frames=33 ...]
+    python -m magic141_jax.aot --config=... --topology=... --program=sampler --shardings
     python -m magic141_jax.aot --table=docs/results/aot --page=docs/layouts.md
 
 Slices are v4, v5e, v5p or v6e with their sizes, or h100 with a number. The program is the training step, or a stage of
 a pipeline call with the config's model. No weights and no data are read. Programs for GPUs are compiled where XLA's
-CUDA plugin is installed (pip install jax[cuda13]), and else measured by shapes alone. The second form puts the results
-saved by the first into a page, between its markers.
+CUDA plugin is installed (pip install jax[cuda13]), and else measured by shapes alone. The second form compiles nothing
+and tells where each array lies. The third puts the results saved by the first into a page, between its markers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from magic141_jax import command_line
 from magic141_jax.aot import program, report, stages, topology, training
@@ -52,6 +53,8 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_integer(
         "batch", None, "How many clips a pipeline's program makes at once; 1 unless said.", flag_values=values
     )
+    text = "Say where each array of the program lies, and end."
+    flags.DEFINE_bool("shardings", False, text, flag_values=values)
     text = "Compile what the compiler refuses for its memory all the same, for its account; this takes long."
     flags.DEFINE_bool("insist", False, text, flag_values=values)
     return values
@@ -71,16 +74,19 @@ def main() -> None:
     target = Path(values.json) if values.json else None
     require_folders(target)
     jax.config.update("jax_platforms", "cpu")
-    results = _measure(values, config)
+    made = topology.make(values.topology)
+    asked = PROGRAMS[values.program](config.to_dict(), made, values.batch)
+    if values.shardings:
+        print(report.shardings(asked.held))
+        return
+    results = _measure(values, asked, made)
     if target:
         write(target, json.dumps(results, indent=2) + "\n")
     print(report.summary(results))
 
 
-def _measure(values: flags.FlagValues, config: ConfigDict) -> dict[str, Any]:
+def _measure(values: flags.FlagValues, asked: program.Program, made: topology.Topology) -> dict[str, Any]:
     """The results of the program that the flags name, compiled where it can be."""
-    made = topology.make(values.topology)
-    asked = PROGRAMS[values.program](config.to_dict(), made, values.batch)
     return {
         "config": Path(values["config"].config_filename).stem,
         "program": values.program,

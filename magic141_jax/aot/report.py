@@ -10,6 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
+from magic141_jax import sharding
 from magic141_jax.aot import verdict
 from magic141_jax.aot.topology import GIB
 from magic141_jax.errors import UserError
@@ -105,6 +109,23 @@ def _clip_row(group: Mapping[str, Mapping[str, Any]]) -> list[str]:
         *cells,
         f"{lasts:.2f} / {_seconds(sums['expected'])} = {lasts / sums['expected']:.2f}",
     ]
+
+
+def shardings(held: Mapping[str, Any]) -> str:
+    """A Markdown table of trees of shape structs by name: shape and place of each leaf, and its size on a chip.
+
+    A place names the mesh axes that each dimension is split over.
+    """
+    rows = []
+    for name, tree in held.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            spec = leaf.sharding.spec
+            place = ", ".join("-" if axes is None else " x ".join(np.atleast_1d(axes)) for axes in spec) * any(spec)
+            size = sharding.bytes_per_device(leaf, leaf.sharding) / 2**20
+            shape = "x".join(map(str, leaf.shape)) or "scalar"
+            array = jax.tree_util.keystr(path, simple=True, separator=".")
+            rows.append([name, array, shape, str(leaf.dtype), place or "copied", f"{size:.4g}"])
+    return markdown(("what", "array", "shape", "dtype", "split over", "MiB a chip"), rows)
 
 
 def read_folder(folder: Path) -> list[dict[str, Any]]:

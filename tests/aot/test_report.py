@@ -2,9 +2,14 @@
 
 import json
 
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from magic141_jax import sharding
 from magic141_jax.aot import report
+from magic141_jax.aot.program import struct
 from magic141_jax.errors import UserError
 
 GIB = 2**30
@@ -120,3 +125,16 @@ def test_a_folder_of_results(tmp_path):
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(UserError, match=r"c\.json holds no results"):
             report.read_folder(tmp_path)
+
+
+def test_where_each_array_lies():
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=2, tensor=2, context=2))
+    tree = {
+        "kernel": struct(jnp.zeros((1024, 2048)), NamedSharding(mesh, P(("fsdp", "context"), None))),
+        "bias": struct(jnp.zeros(1024), NamedSharding(mesh, P(None))),
+    }
+    _, _, *rows = report.shardings({"student": tree}).splitlines()
+    assert rows == [
+        "| student | bias | 1024 | float32 | copied | 0.003906 |",
+        "| student | kernel | 1024x2048 | float32 | fsdp x context, - | 2 |",
+    ]
