@@ -3,7 +3,8 @@
     python train.py --config=configs/emoji64.py --workdir=runs/emoji64 --config.train.steps=1000
     python train.py --config=configs/emoji64.py --workdir=runs/emoji64 --export=weights/mine [--export_step=500]
 
-Started again, a run goes on from its last checkpoint. SIGTERM and Ctrl-C save and end it.
+Started again, a run goes on from its last checkpoint. SIGTERM and Ctrl-C save and end it. On several hosts start it on
+each, see `magic141_jax.processes`; they have to see the same --workdir.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from magic141_jax import command_line
+from magic141_jax import command_line, processes
 from magic141_jax.errors import UserError, run_entry_point
 from magic141_jax.experiment import Experiment
 from magic141_jax.pipelines.components import enable_compilation_cache
@@ -31,20 +32,22 @@ _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 def main() -> None:
     """Runs the command line."""
     config = _parse(sys.argv)
+    processes.start()
+    say = print if processes.leads() else lambda *_, **__: None
     enable_compilation_cache()
     experiment = Experiment.from_config(config, Path(_WORKDIR.value))
     if _EXPORT.value:
         experiment.export(_state_to_export(experiment), Path(_EXPORT.value))
-        print(f"wrote {_EXPORT.value}")
+        say(f"wrote {_EXPORT.value}")
         return
-    print(experiment.memory(), flush=True)
+    say(experiment.memory(), flush=True)
     result = experiment.train(progress=_PROGRESS.value)
     if result.stopped:
-        print(f"stopped and saved at step {result.step}; the same command goes on from there")
+        say(f"stopped and saved at step {result.step}; the same command goes on from there")
         return
     target = experiment.workdir / "weights"
     experiment.export(result.state, target)
-    print(f"{result.step} steps done; weights in {target}")
+    say(f"{result.step} steps done; weights in {target}")
 
 
 def _state_to_export(experiment: Experiment) -> TrainState:

@@ -21,10 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from magic141_jax import settings, sharding, weights
+from magic141_jax import processes, settings, sharding, weights
 from magic141_jax.data import __main__ as data_cli
 from magic141_jax.distill.consistency import Consistency
 from magic141_jax.distill.dmd import DMD
@@ -42,7 +41,7 @@ from magic141_jax.train.checkpoint import Checkpoints
 from magic141_jax.train.conditioner import Conditioner, ConditioningConfig, NullText, as_float
 from magic141_jax.train.flow_matching import STUDENT, FlowMatching
 from magic141_jax.train.method import Method, Parts
-from magic141_jax.train.metrics import MetricWriter
+from magic141_jax.train.metrics import MetricWriter, SilentWriter
 from magic141_jax.train.state import TrainState, memory_table
 from magic141_jax.train.step import make_step
 from magic141_jax.train.watch import Watch, WatchConfig
@@ -284,7 +283,7 @@ class Experiment:
         mesh = sharding.make_mesh(config.mesh, devices=devices)
         for size in (config.data.image_batch, config.data.video_batch):
             if size:
-                sharding.batch_size_per_process(size, mesh)
+                sharding.require_split(size, mesh)
         if config.sampling:
             settings.build(SamplingSettings, config.sampling, where="config.sampling")
         method = _build_method(config, mesh, abstract=abstract)
@@ -318,7 +317,8 @@ class Experiment:
         fit = DATA_STARTS.get(self.config.model["model"])
         count = getattr(self.method.config, "init_records", 0)
         if self.config.init_from:
-            params = self._loaded_params()
+            with sharding.on_host():
+                params = self._loaded_params()
         elif fit is not None and count:
             params = fit(self.method.init(key), self._records(count))
         elif self.method.frozen:
@@ -326,24 +326,26 @@ class Experiment:
             params = self.method.init(key)
         else:
             return jax.jit(lambda: self._state(self.method.init(key)), out_shardings=self.layout)()
-        return jax.jit(self._state, out_shardings=self.layout)(jax.device_put(params, self.layout.params))
+        return jax.jit(self._state, out_shardings=self.layout)(sharding.lay(params, self.layout.params))
 
     def memory(self) -> str:
         """What the roles take on each device, see `train.state.memory_table`."""
         return memory_table(self.abstract_state, self.method.frozen)
 
     def batches(self) -> Any:
-        """The run's batches of host arrays."""
-        return streams.make_batches(self.config.data, seed=self.config.seed, shape=record_shape(self.config))
+        """The run's batches of host arrays, the rows of this process."""
+        return self._batches(self.mesh)
 
     def train(self, *, progress: bool = True) -> loop.Result:
         """Trains to the end or to a stop signal, from the last checkpoint of the work folder if there is one."""
         config = self.config
         watch = self._watch()
-        self._remember_config()
+        processes.once(self._remember_config)
         step = make_step(self.method, self.optimizers, accumulate=config.train.accumulate, layout=self.layout)
         checkpoints = Checkpoints(self.workdir / "checkpoints", keep=config.train.keep)
-        writer = MetricWriter(self.workdir, steps=config.train.steps, progress=progress)
+        writer = SilentWriter()
+        if processes.leads():
+            writer = MetricWriter(self.workdir, steps=config.train.steps, progress=progress)
         try:
             return loop.fit(
                 step,
@@ -384,14 +386,24 @@ class Experiment:
         base = Path(self.config.components_from) if self.config.components_from else None
         if borrow and (base is None or base.resolve().parent != folder.resolve().parent):
             raise UserError(f"config.borrow needs components_from, beside {folder}; it is {str(base or '')!r}")
-        folder.mkdir(parents=True, exist_ok=True)
         for name, (model, config, params) in self.method.components(state.averaged()).items():
             if name == VAE:
                 config = self._with_statistics(config, params)
-            if borrow and _holds(base / name, params):
-                continue
             fields = {"model": model, **settings.to_dict(config)}
-            weights.save(folder / name, fields, jax.device_get(params), storage=self.config.storage)
+            own = sharding.to_host(params, keep=processes.leads())
+            lent = base / name if borrow else None
+            processes.once(functools.partial(self._write, folder / name, fields, own, lent=lent))
+        processes.once(functools.partial(self._complete, folder, base))
+
+    def _write(self, target: Path, fields: dict[str, Any], params: Params, *, lent: Path | None) -> None:
+        """Writes a component folder, unless the base lends just these parameters."""
+        if lent is None or not _holds(lent, params):
+            weights.save(target, fields, params, storage=self.config.storage)
+
+    def _complete(self, folder: Path, base: Path | None) -> None:
+        """Adds what an export has from `base`: other components, sampling settings."""
+        borrow = self.config.borrow
+        folder.mkdir(parents=True, exist_ok=True)
         index = {"base": base.name} if borrow else {}
         if base is not None and not borrow:
             for name in weights.COMPONENTS:
@@ -423,32 +435,36 @@ class Experiment:
         config = self.config
         if not config.train.sample_every or not config.data.video_batch:
             return None
-        record = self._records(PREVIEW_CLIPS)
+        record = sharding.spread(self._records(PREVIEW_CLIPS), self.mesh)
         if isinstance(self.method, Autoencoding):
             draw = preview.reconstruction(self.method)
         elif not hasattr(self.method, "sample"):
             logging.warning("train.sample_every is set, but the method can't draw samples")
             return None
         elif (Path(config.components_from) / "vae").is_dir() and config.components_from:
-            vae, params = load_model(Path(config.components_from) / "vae")
+            vae, params = load_model(Path(config.components_from) / "vae", mesh=self.mesh)
             draw = preview.generation(self.method, vae, params, seed=config.seed)
         else:
             logging.warning("train.sample_every is set, but components_from has no VAE to decode samples with")
             return None
 
         def callback(state: TrainState, step: int) -> None:
-            writer.video(step, "samples", np.asarray(draw(state.averaged(), record)), round(config.data.fps))
+            shown = sharding.to_host(draw(state.averaged(), record))
+            writer.video(step, "samples", shown, round(config.data.fps))
 
         return callback
 
     def _records(self, count: int) -> dict[str, jax.Array]:
         """The first `count` records of the run's videos (of its images if it has none), the same in all processes."""
         part = "video" if self.config.data.video_batch else "image"
-        batches, found = self.batches(), []
+        batches, found = self._batches(None), []
         while sum(len(next(iter(record.values()))) for record in found) < count:
             found.append(streams.arrays(next(batches))[part])
-        records = {name: np.concatenate([r[name] for r in found])[:count] for name in found[0]}
-        return jax.tree.map(jnp.asarray, multihost_utils.broadcast_one_to_all(records))
+        return {name: jnp.asarray(np.concatenate([r[name] for r in found])[:count]) for name in found[0]}
+
+    def _batches(self, mesh: jax.sharding.Mesh | None) -> Any:
+        shape = record_shape(self.config)
+        return streams.make_batches(self.config.data, seed=self.config.seed, shape=shape, mesh=mesh)
 
     def _loaded_params(self) -> dict[str, Params]:
         """Fresh parameters with the components that `init_from` has put in their places."""
@@ -480,8 +496,9 @@ class Experiment:
         encode = jax.jit(lambda p, frames: network(p, 2 * as_float(frames) - 1, method="encode")[0])
         batches, sums = self.batches(), []
         for _ in range(STATISTICS_BATCHES):
-            for record in streams.arrays(next(batches)).values():
-                mean = np.asarray(encode(params, record["frames"]), np.float64).reshape(-1, config.latent_channels)
+            for record in sharding.shard_batch(streams.arrays(next(batches)), self.mesh).values():
+                mean = sharding.to_host(encode(params, record["frames"]))
+                mean = np.asarray(mean, np.float64).reshape(-1, config.latent_channels)
                 sums.append((mean.sum(0), (mean**2).sum(0), len(mean)))
         total, square, count = (sum(parts) for parts in zip(*sums, strict=True))
         mean = total / count
@@ -520,10 +537,10 @@ def prepared(data: streams.DataConfig, workdir: Path) -> streams.DataConfig:
     if not path.exists():
         raise UserError(f"no data at {path} (config.data.path)")
     target = workdir / "data"
-    if not (target / "metadata.json").is_file():
-        arguments = ["prepare", str(path), str(target), "--size", f"{data.height}x{data.width}"]
-        arguments += ["--num_frames", str(data.num_frames), "--fps", str(data.fps)]
-        data_cli.main(arguments + (["--weights", data.encoders] if data.encoders else []))
+    arguments = ["prepare", str(path), str(target), "--size", f"{data.height}x{data.width}"]
+    arguments += ["--num_frames", str(data.num_frames), "--fps", str(data.fps)]
+    arguments += ["--weights", data.encoders] if data.encoders else []
+    processes.once(lambda: (target / "metadata.json").is_file() or data_cli.main(arguments))
     return dataclasses.replace(data, path=str(target))
 
 

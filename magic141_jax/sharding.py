@@ -18,6 +18,7 @@ Axes are `AxisType.Auto`: the compiler chooses the shardings in between, and num
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -138,27 +139,40 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def batch_size_per_process(batch_size: int, mesh: Mesh) -> int:
-    """How many samples of a global batch each process loads.
-
-    Raises:
-      UserError: the batch cannot be split evenly over the mesh; the nearest sizes that can are named.
-    """
-    shards = _shards(mesh.shape)
-    unit = math.lcm(shards, jax.process_count())
+def require_split(batch_size: int, mesh: Mesh) -> None:
+    """Raises `UserError` if a batch cannot be split evenly over the mesh; it names the nearest sizes that can."""
+    unit = _shards(mesh.shape)
     if batch_size < 1 or batch_size % unit:
         lower = batch_size // unit * unit
         near = " or ".join(str(size) for size in (lower, lower + unit) if size > 0)
         raise UserError(f"batch size {batch_size} does not split over {unit} shards; take {near}")
-    return batch_size // jax.process_count()
+
+
+def batch_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a global batch that this process's devices hold, in order: those that it loads.
+
+    They follow from the mesh alone: processes among which "tensor" or "context" is split have the same rows.
+    """
+    require_split(batch_size, mesh)
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Host arrays, this process's part of the batch, as global arrays split on the leading axis; scalars are copied."""
+    """Host arrays, this process's rows of the batch, as global arrays split on the leading axis; scalars are copied."""
+    held = len(batch_rows(_shards(mesh.shape), mesh))
 
     def put(leaf: Any) -> jax.Array:
-        sharding = batch_sharding(mesh) if np.ndim(leaf) else replicated(mesh)
-        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+        leaf = np.asarray(leaf)
+        if not leaf.ndim:
+            return lay(leaf, replicated(mesh))
+        size = leaf.shape[0] * _shards(mesh.shape) // held
+        rows = batch_rows(size, mesh)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            return leaf[np.searchsorted(rows, np.arange(size)[index[0]])]
+
+        return jax.make_array_from_callback((size, *leaf.shape[1:]), batch_sharding(mesh), part)
 
     return jax.tree.map(put, batch)
 
@@ -169,9 +183,52 @@ def spread(tree: Any, mesh: Mesh) -> Any:
 
     def put(leaf: Any) -> jax.Array:
         splits = np.ndim(leaf) and leaf.shape[0] % shards == 0
-        return jax.device_put(leaf, batch_sharding(mesh) if splits else replicated(mesh))
+        return lay(leaf, batch_sharding(mesh) if splits else replicated(mesh))
 
     return jax.tree.map(put, tree)
+
+
+def lay(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process has whole, or that lie over a mesh already, in the layout of a tree of shardings.
+
+    No device is given more than its part.
+    """
+
+    def put(leaf: Any, where: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and (leaf.sharding == where or not leaf.is_fully_addressable):
+            return jax.device_put(leaf, where)
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def on_host() -> contextlib.AbstractContextManager[Any]:
+    """A context in which new arrays are made in the host's memory, from where `lay` takes them to their devices."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS leaves out the CPU
+        return contextlib.nullcontext()
+
+
+def to_host(tree: Any, *, keep: bool = True, chunk: int = 2**28) -> Any:
+    """Arrays over a mesh as whole NumPy arrays; of several processes all have to call it.
+
+    What a process doesn't hold comes to its devices in pieces of about `chunk` bytes, cut along the leading axis. A
+    process with `keep` false only takes part, and has None in place of every array that it doesn't hold.
+    """
+
+    def fetch(leaf: Any) -> np.ndarray | None:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        whole, rows = replicated(leaf.sharding.mesh), max(1, chunk * leaf.shape[0] // leaf.nbytes)
+        pieces = []
+        for start in range(0, leaf.shape[0], rows):
+            piece = jax.block_until_ready(jax.device_put(leaf[start : start + rows], whole))
+            pieces += [np.asarray(piece)] * keep
+        return np.concatenate(pieces) if keep else None
+
+    return jax.tree.map(fetch, tree)
 
 
 def keep_split(x: jax.Array, *, tokens: bool = False) -> jax.Array:

@@ -1,8 +1,9 @@
 """Batches for training: a Grain pipeline over random-access sources.
 
 Order is decided on indices alone (shuffle, repeat, batch, mix of buckets, zip of streams), records are read last.
-Batch n is a function of (seed, n), so a run resumes at the exact sample from `iterator.get_state()`, and the whole
-batch over all processes doesn't depend on how many there are: process p of P reads its p-th slice of every batch.
+Batch n is a function of (seed, n), so a run resumes at the exact sample from `iterator.get_state()`. A process may
+read some rows of every batch only, those that its devices hold (`sharding.batch_rows`): neither the batch over all
+processes nor the position depends on how many there are.
 """
 
 from __future__ import annotations
@@ -39,36 +40,34 @@ def batches(
     streams: Mapping[str, Stream],
     *,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Mapping[str, Sequence[int]] | None = None,
     threads: int = 4,
 ) -> grain.DatasetIterator:
-    """Endless batches `{stream's name: {key: array (batch_size / process_count, ...)}}`, shuffled anew every epoch.
+    """Endless batches `{stream's name: {key: array (rows, ...)}}`, shuffled anew every epoch.
 
     Args:
       streams: for example `{"image": Stream(...), "video": Stream(...)}`.
       seed: 0 or more. Same seed, same batches.
-      process_index: this process, as `jax.process_index()`.
-      process_count: of so many, as `jax.process_count()`.
+      rows: {stream's name: which rows of its batches to read}; all of them unless given.
       threads: that read ahead; 0 reads when asked.
 
     Returns:
       An iterator with `get_state()` and `set_state(state)`; grain's checkpoint handlers take it as it is.
 
     Raises:
-      UserError: no stream, an empty source, or a batch size that the processes can't share evenly.
+      UserError: no stream, an empty source, or an empty batch.
     """
     if not streams:
         raise UserError("no data to train on: give at least one stream")
     for name, stream in streams.items():
-        if stream.batch_size < 1 or stream.batch_size % process_count:
-            raise UserError(f"{name} batch size {stream.batch_size} must be a multiple of {process_count} processes")
+        if stream.batch_size < 1:
+            raise UserError(f"the {name} batch size is {stream.batch_size}; it must be at least 1")
         if not stream.sources or not all(len(source) for source in stream.sources):
             raise UserError(f"the {name} data set is empty")
     plans = [_plan(stream, _derive(seed, number)) for number, stream in enumerate(streams.values())]
     steps = min(map(len, plans))  # endless either way, but zip wants equal lengths
     plans = [plan.slice(slice(0, steps)) for plan in plans]
-    read = partial(_read, dict(streams), seed=seed, process_index=process_index, process_count=process_count)
+    read = partial(_read, dict(streams), seed=seed, rows=rows or {})
     dataset = grain.experimental.ZipMapDataset(plans).map_with_index(read)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return iter(dataset.to_iter_dataset(options))
@@ -120,18 +119,16 @@ def _read(
     plan: Sequence[tuple[int, np.ndarray]],
     *,
     seed: int,
-    process_index: int,
-    process_count: int,
+    rows: Mapping[str, Sequence[int]],
 ) -> dict[str, dict[str, Any]]:
-    """Reads this process's rows of batch `step`."""
+    """Reads the wanted rows of batch `step`."""
     batch = {}
     for number, ((name, stream), (which, indices)) in enumerate(zip(streams.items(), plan, strict=True)):
-        share = stream.batch_size // process_count
         samples = []
-        for row in range(process_index * share, (process_index + 1) * share):
+        for row in rows.get(name, range(stream.batch_size)):
             sample = stream.sources[which][int(indices[row])]
             if stream.transform:
-                sample = stream.transform(sample, np.random.default_rng((seed, number, step, row)))
+                sample = stream.transform(sample, np.random.default_rng((seed, number, step, int(row))))
             samples.append(sample)
         batch[name] = stack(samples)
     return batch

@@ -231,11 +231,12 @@ def load_model(
     network = Network.create(module, config)
     dtype, rules = jnp.dtype(getattr(config, "compute_dtype", "float32")), SHARDING_RULES.get(kind, ())
     require_memory(network.abstract_params, dtype, mesh, what=str(folder), rules=rules)
-    _, params = weights.load(folder)
-    require_match(params, network.abstract_params, what=str(folder))
-    params = cast(params, dtype)
+    with sharding.on_host() if mesh is not None else contextlib.nullcontext():
+        _, params = weights.load(folder)
+        require_match(params, network.abstract_params, what=str(folder))
+        params = cast(params, dtype)
     if mesh is not None:
-        params = jax.device_put(params, sharding.shardings(params, mesh, rules))
+        params = sharding.lay(params, sharding.shardings(params, mesh, rules))
     return Model(network, params)
 
 

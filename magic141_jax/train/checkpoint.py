@@ -1,7 +1,8 @@
 """Training checkpoints: the whole state, the position in the data and the host's bookkeeping, in one atomic step.
 
 Orbax writes in the background and renames a finished step into place, so a kill at any moment leaves the last
-finished one intact. Restoring takes the state's current layout, so a run can go on on another mesh. Nothing is
+finished one intact. Restoring takes the state's current layout, and the position in the data is one for all processes,
+so a run can go on on another mesh and with another number of processes, which have to see the same folder. Nothing is
 unpickled; frozen roles are not stored.
 """
 
@@ -15,7 +16,6 @@ from typing import Any, Protocol
 
 import jax
 import orbax.checkpoint as ocp
-from grain import checkpoint as grain_checkpoint
 
 from magic141_jax.errors import UserError
 from magic141_jax.train.state import TrainState
@@ -63,7 +63,7 @@ class Checkpoints:
             return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_tree(state)),
-            data=grain_checkpoint.CheckpointSave(_Position(batches)),
+            position=ocp.args.JsonSave(_position(batches)),
             # Orbax writes it later, when the run has gone on.
             progress=ocp.args.JsonSave(copy.deepcopy(progress)),
         )
@@ -87,8 +87,10 @@ class Checkpoints:
             return None
         wanted = _tree(abstract(state))
         items = {"state": ocp.args.StandardRestore(wanted), "progress": ocp.args.JsonRestore()}
-        if batches is not None:
-            items["data"] = grain_checkpoint.CheckpointRestore(_Position(batches))
+        # Checkpoints used to hold the position once for each process, in files that all said the same.
+        former = sorted((self.folder / str(step) / "data").glob("process_*"))
+        if not former:
+            items["position"] = ocp.args.JsonRestore()
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, TypeError) as error:
@@ -97,6 +99,8 @@ class Checkpoints:
                 f"the checkpoint {self.folder / str(step)} does not fit this config ({reason}); "
                 "use the config that it was made with or another --workdir"
             ) from error
+        if batches is not None:
+            _go_to(batches, json.loads(former[0].read_text()) if former else restored["position"])
         return TrainState(**restored["state"]), restored["progress"]
 
     def delete_after(self, step: int) -> None:
@@ -104,10 +108,6 @@ class Checkpoints:
         for later in self.steps:
             if later > step:
                 self._manager.delete(later)
-
-    def preempted(self, step: int) -> bool:
-        """Whether the cluster has asked all processes to stop; agreed between them."""
-        return jax.process_count() > 1 and self._manager.reached_preemption(step)
 
     def wait(self) -> None:
         """Waits for what is being written, and raises what went wrong with it."""
@@ -137,24 +137,14 @@ def read_step(folder: Path, state: TrainState, step: int) -> TrainState:
     raise UserError(f"no checkpoint of step {step} in {folder}: {there}; train.keep says how many a run keeps")
 
 
-class _Position:
-    """A data iterator's position as the bytes that Grain's checkpoint handler writes, one file a process."""
+def _position(batches: Batches) -> dict[str, Any]:
+    """A data iterator's position as JSON; bytes in base 64."""
+    state = batches.get_state()
+    return {"base64": base64.b64encode(state).decode()} if isinstance(state, bytes) else {"json": state}
 
-    def __init__(self, batches: Batches):
-        self._batches = batches
 
-    def get_state(self) -> bytes:
-        state = self._batches.get_state()
-        if isinstance(state, bytes):
-            return json.dumps({"base64": base64.b64encode(state).decode()}).encode()
-        return json.dumps({"json": state}).encode()
-
-    def set_state(self, state: bytes) -> None:
-        held = json.loads(state)
-        self._batches.set_state(base64.b64decode(held["base64"]) if "base64" in held else held["json"])
-
-    def start_prefetch(self) -> None:
-        """Grain calls this after restoring; our iterators start by themselves."""
+def _go_to(batches: Batches, held: dict[str, Any]) -> None:
+    batches.set_state(base64.b64decode(held["base64"]) if "base64" in held else held["json"])
 
 
 def abstract(state: TrainState) -> TrainState:

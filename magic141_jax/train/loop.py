@@ -2,7 +2,8 @@
 
 Metrics are read one step late, so that the host never waits for the step that it has just started. A run resumes
 by being started again: `fit` goes on from the last checkpoint of its folder, with the same random keys and the same
-data, so losses after a kill are those of a run that was never killed, bit for bit.
+data, so losses after a kill are those of a run that was never killed, bit for bit. Of several processes each runs the
+loop, and all read the same numbers, so they go the same way; a signal to one of them is put to the vote.
 
 A watch looks before checkpoints are saved, so what is saved at its steps is good. When it rolls back, the whole state
 becomes that of the last good checkpoint, its step included: schedules, moments and averages fit each other, and
@@ -26,6 +27,7 @@ import jax
 from absl import logging
 
 from magic141_jax.errors import UserError
+from magic141_jax.processes import Vote
 from magic141_jax.train.checkpoint import Batches, Checkpoints, abstract
 from magic141_jax.train.metrics import MetricWriter, Window
 from magic141_jax.train.state import TrainState
@@ -137,6 +139,7 @@ def fit(
         progress.go_to(saved)
     writer.start(progress.step)
     reader = _Reader(progress, config, checkpoints, writer, watched=guard.every > 0)
+    vote = Vote()
     with _stop_signals() as stop:
         step = progress.step
         stopping = False
@@ -145,7 +148,7 @@ def fit(
             state, metrics = train_step(state, batch, step)
             step += 1
             reader.push(step, metrics, _batch_size(batch))
-            stopping = stop.is_set() or checkpoints.preempted(step)
+            stopping = vote(stop.is_set())
             if guard.looks(step):
                 reader.drain()
                 crossed = guard.crossed(state, progress)
@@ -292,7 +295,7 @@ def _stop_signals() -> Iterator[threading.Event]:
         yield stop
     finally:
         for number, old in before.items():
-            signal.signal(number, old)
+            signal.signal(number, signal.SIG_DFL if old is None else old)  # None was not set by Python
 
 
 def _batch_size(batch: Any) -> int:

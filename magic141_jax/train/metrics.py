@@ -117,6 +117,28 @@ class MetricWriter:
             self._board.close()
 
 
+class SilentWriter(MetricWriter):
+    """Writes nothing: the writer of every process but the first."""
+
+    def __init__(self) -> None:
+        pass
+
+    def start(self, step: int) -> None:
+        """Does nothing."""
+
+    def advance(self, postfix: Mapping[str, str]) -> None:
+        """Does nothing."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Does nothing."""
+
+    def video(self, step: int, name: str, frames: np.ndarray, fps: int) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def read(workdir: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]

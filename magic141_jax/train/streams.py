@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from magic141_jax import sharding
 from magic141_jax.data import loader
 from magic141_jax.data.cache import Cache
 from magic141_jax.data.emoji import EmojiClips, EmojiConfig
@@ -95,13 +96,16 @@ class RandomRecords:
         }
 
 
-def make_batches(config: DataConfig, *, seed: int, shape: RecordShape | None = None) -> Batches:
-    """The endless batches of a run, for this process.
+def make_batches(
+    config: DataConfig, *, seed: int, shape: RecordShape | None = None, mesh: jax.sharding.Mesh | None = None
+) -> Batches:
+    """The endless batches of a run.
 
     Args:
       config: where from and how many.
       seed: decides the order.
       shape: of random records.
+      mesh: only the rows that this process's devices hold are read; all rows without one.
 
     Raises:
       UserError: no data there, or not of the wanted kind.
@@ -112,13 +116,8 @@ def make_batches(config: DataConfig, *, seed: int, shape: RecordShape | None = N
         streams["image"] = loader.Stream(sources, config.image_batch, transform)
     if config.video_batch:
         streams["video"] = loader.Stream(_video_sources(config, shape), config.video_batch)
-    return loader.batches(
-        streams,
-        seed=seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        threads=config.threads,
-    )
+    rows = {name: sharding.batch_rows(stream.batch_size, mesh) for name, stream in streams.items()} if mesh else None
+    return loader.batches(streams, seed=seed, rows=rows, threads=config.threads)
 
 
 def image_tokens(config: DataConfig) -> int:
