@@ -48,7 +48,10 @@ from magic141_jax.train.watch import Watch, WatchConfig
 
 NETWORKS = ("mmdit", "image_encoder", "patch_vae", "feature_heads")
 RULES = (*lora.SHARDING_RULES, *(rule for name in NETWORKS for rule in SHARDING_RULES[name]))
-MAY_CHANGE = ("train.", "watch.", "mesh.", "data.threads", "sampling.", "components_from", "borrow", "storage")
+MAY_CHANGE = (
+    *("train.", "watch.", "mesh.", "data.threads", "sampling.", "components_from", "borrow", "storage"),
+    *("model.attention", "model.ulysses", "model.remat"),  # how the same numbers are computed
+)
 STATISTICS_BATCHES = 16
 PREVIEW_CLIPS = 4
 

@@ -187,7 +187,7 @@ def _own_copy(leaf: Any) -> jax.Array:
 
 def _run_like(config: Any, other: Any) -> Any:
     """A network's config with the run-time choices of another: what is recomputed, the dtype, the attention kernel."""
-    chosen = {name: getattr(other, name) for name in ("remat", "compute_dtype", "attention")}
+    chosen = {name: getattr(other, name) for name in ("remat", "compute_dtype", "attention", "ulysses")}
     return dataclasses.replace(config, **chosen)
 
 
