@@ -28,7 +28,7 @@ from magic141_jax.experiment import Experiment
 ROOT = Path(__file__).parents[1]
 STEPS = 80
 # The smallest network with all that a run does: a start fitted to the data, previews, statistics for the export.
-AUTOENCODER = f'''
+AUTOENCODER = f"""
 from magic141_jax.experiment import make_config
 
 
@@ -41,7 +41,7 @@ def get_config():
         optimizer={{"warmup_steps": 2}},
         train={{"steps": {STEPS}, "log_every": 1, "save_every": 8, "sample_every": 32}},
     )
-'''
+"""
 
 pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("quick_compilation")]
 

@@ -56,6 +56,7 @@ _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _NUMBER = re.compile(r"^[su]\d+\[\]")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 _ELSEWHERE = re.compile(r"S\([1-9]\d*\)")  # a layout in another memory than HBM
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _OPERATOR = re.compile(r'op_name="([^"]*)"')
 _WRAPPERS = re.compile(r"^(jit\(.*\)|while|body|cond|closed_call|checkpoint|rematted_computation|shard_map|jvp\(.*\))$")
 # Devices of a group: {{0,1},{2,3}}, [groups,devices]<=[...], or mesh['a'=2,'b'=4] {'b'}
@@ -112,9 +113,15 @@ def collectives(text: str | Program) -> dict[str, dict[str, int]]:
     """
     program = parse(text) if isinstance(text, str) else text
     found: dict[str, Counter[str]] = {}
-    for _, instruction, times in _run(program, program.entry, fused=True):
-        kind = instruction.opcode.removesuffix("-start")
-        if kind in KINDS:
+    seen, outside = set(), {id(scope) for scope, _, _ in _run(program, program.entry)}
+    for scope, instruction, times in _run(program, program.entry, fused=True):
+        kind, channel = instruction.opcode.removesuffix("-start"), _CHANNEL.search(instruction.rest)
+        if kind not in KINDS:
+            continue
+        # One that runs beside others is written into each of the fusions that it overlaps with, under one channel.
+        beside = channel and id(scope) not in outside and (channel[1], times)
+        if not beside or beside not in seen:
+            seen.add(beside)
             size = times * _result_bytes(instruction.shape, kind != instruction.opcode)
             received = round(size * RECEIVED[kind](_group(instruction.rest, program.devices)))
             found.setdefault(kind, Counter()).update({"count": times, "bytes": size, "received": received})

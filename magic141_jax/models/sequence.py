@@ -121,8 +121,9 @@ def part(joint: Array, text: int, count: int) -> tuple[Array, Array]:
 
 def _take(x: Any, places: np.ndarray) -> Array:
     """x (b, n, ...) at the given places of axis 1; zeros at place -1."""
-    if np.array_equal(places, np.arange(x.shape[1])):
-        return x
+    fill = len(places) - x.shape[1]
+    if np.array_equal(places, np.pad(np.arange(x.shape[1]), (0, max(fill, 0)), constant_values=-1)):
+        return jnp.pad(x, ((0, 0), (0, fill), *((0, 0),) * (x.ndim - 2))) if fill else x
     taken = jnp.take(x, np.maximum(places, 0), axis=1)
     return jnp.where(jnp.asarray(places >= 0).reshape(1, -1, *[1] * (x.ndim - 2)), taken, jnp.zeros((), x.dtype))
 

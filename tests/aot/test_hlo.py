@@ -67,6 +67,15 @@ def test_a_program_without_any():
     assert collectives("ENTRY %main (p: f32[2]) -> f32[2] {\n  ROOT %n = f32[2]{0} negate(%p)\n}\n") == {}
 
 
+def test_one_that_overlaps_with_several_fusions_counts_once():
+    part = "%part.{0} (p: f32[4]) -> f32[8] {{\n  ROOT %g.{0} = f32[8]{{0}} all-gather(%p), channel_id={1}\n}}\n"
+    fusion = "  %f.{0} = f32[8]{{0}} fusion(%x), kind=kCustom, calls=%part.{0}\n"
+    parts = [(0, 5), (1, 5), (2, 6)]
+    entry = "".join(fusion.format(*each) for each in parts)
+    text = "".join(part.format(*each) for each in parts) + f"ENTRY %main (x: f32[4]) -> f32[8] {{\n{entry}}}\n"
+    assert collectives(text)["all-gather"]["count"] == 2
+
+
 @pytest.mark.parametrize(
     ("groups", "devices"),
     [
