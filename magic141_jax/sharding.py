@@ -148,14 +148,16 @@ def require_split(batch_size: int, mesh: Mesh) -> None:
         raise UserError(f"batch size {batch_size} does not split over {unit} shards; take {near}")
 
 
-def batch_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
-    """The rows of a global batch that this process's devices hold, in order: those that it loads.
+def batch_rows(batch_size: int, mesh: Mesh, *, devices: Sequence[jax.Device] | None = None) -> np.ndarray:
+    """The rows of a global batch that some devices of a mesh hold, this process's unless said: those that it loads.
 
-    They follow from the mesh alone: processes among which "tensor" or "context" is split have the same rows.
+    In order, but not always without gaps: on a torus the devices of a host are no row. Processes among which "tensor"
+    or "context" is split have the same rows.
     """
     require_split(batch_size, mesh)
-    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
+    held = batch_sharding(mesh).devices_indices_map((batch_size,))
+    parts = [np.arange(batch_size)[held[device]] for device in (devices or mesh.local_devices)]
+    return np.unique(np.concatenate(parts))
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

@@ -185,7 +185,7 @@ def test_a_killed_run_goes_on_in_two_processes_and_a_signal_to_one_stops_both(co
     same(workdir, whole, least=STEPS)
     assert (workdir / "samples" / f"samples-{STEPS:06d}.gif").exists()
     held, params = weights.load(workdir / "weights" / "vae")
-    experiment, result = alone(config[1], copied(killed, "for-weights"), 2)
+    experiment, result = alone(config[1], copied(killed, "for-weights"), 1)
     experiment.export(result.state, workdir / "mine")
     mine, expected = weights.load(workdir / "mine" / "vae")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), params, expected)
@@ -197,7 +197,7 @@ def test_four_processes_and_ctrl_c(config, whole, tmp_path):
     run.signal_at(9, signal.SIGINT, 2)
     stopped(run.finish(), tmp_path / "four")
     same(tmp_path / "four", whole, least=9)
-    alone(config[1], tmp_path / "four", 8, fsdp=8, data=1)
+    alone(config[1], tmp_path / "four", 1)
     same(tmp_path / "four", whole, least=STEPS)
 
 

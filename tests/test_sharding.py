@@ -161,11 +161,27 @@ def test_activations_stay_split_where_there_is_a_mesh():
 
 def test_batch_sizes_that_do_not_split_name_the_nearest():
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
-    assert sharding.batch_size_per_process(16, mesh) == 16
+    sharding.require_split(16, mesh)
     with pytest.raises(UserError, match="take 16 or 24"):
-        sharding.batch_size_per_process(20, mesh)
+        sharding.require_split(20, mesh)
     with pytest.raises(UserError, match="take 8"):
-        sharding.batch_size_per_process(3, mesh)
+        sharding.batch_rows(3, mesh)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [
+        ({"data": 8}, [0, 1, 4, 5]),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, [0, 1, 4, 5]),
+        ({"data": 1, "fsdp": 2, "context": 4}, list(range(8))),
+    ],
+)
+def test_rows_follow_from_the_devices(sizes, rows):
+    """Of a 2 x 4 torus a host has the first two of each row; with a batch of 8."""
+    mesh = make_mesh(MeshConfig(**sizes))
+    host = [device for device in jax.devices() if device.id in (0, 1, 4, 5)]
+    np.testing.assert_array_equal(sharding.batch_rows(8, mesh, devices=host), rows)
+    np.testing.assert_array_equal(sharding.batch_rows(8, mesh), np.arange(8))
 
 
 def test_the_table_says_what_went_where():
@@ -183,6 +199,21 @@ def test_bytes_per_device():
     placed = jax.device_put(params, where)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
     assert sharding.bytes_per_device(params, where) == held < sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def test_arrays_go_onto_a_mesh_and_come_back():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    tree = {"host": np.arange(16.0).reshape(8, 2), "device": jnp.arange(8, dtype=jnp.bfloat16), "scalar": 3}
+    where = {"host": P("fsdp", "tensor"), "device": P("fsdp"), "scalar": P()}
+    where = {name: jax.sharding.NamedSharding(mesh, spec) for name, spec in where.items()}
+    placed = sharding.lay(tree, where)
+    assert {name: leaf.sharding for name, leaf in placed.items()} == where
+    assert placed["host"].addressable_shards[0].data.shape == (2, 1) and placed["device"].dtype == jnp.bfloat16
+    back = sharding.to_host(placed)
+    assert all(isinstance(leaf, np.ndarray) for leaf in back.values())
+    jax.tree.map(np.testing.assert_array_equal, back, tree)
+    with sharding.on_host():
+        assert jnp.zeros(2).devices() == {jax.devices("cpu")[0]}
 
 
 def test_whole_arrays_are_split_where_the_mesh_divides_them():

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 NAME = "magic141_jax"
 RANKS = {
     **dict.fromkeys(["errors", "settings", "shapes", "pytree", "command_line"], 0),
-    **dict.fromkeys(["weights", "sharding", "diffusion", "data"], 1),
+    **dict.fromkeys(["weights", "sharding", "processes", "diffusion", "data"], 1),
     "models": 2,
     **dict.fromkeys(["train", "convert", "sparsity", "quantize"], 3),
     **dict.fromkeys(["distill", "pipelines"], 4),

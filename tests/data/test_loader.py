@@ -77,10 +77,10 @@ def test_an_epoch_holds_everything_once_and_the_next_is_in_another_order():
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_the_shares_of_the_processes_make_up_the_batch_of_one(count):
+def test_the_rows_of_the_processes_make_up_the_batch_of_one(count):
     one = {"image": Stream((Numbers(16),), 8, noisy)}
     whole = take(batches(one, seed=5), 4)
-    parts = [take(batches(one, seed=5, process_index=p, process_count=count), 4) for p in range(count)]
+    parts = [take(batches(one, seed=5, rows={"image": np.split(np.arange(8), count)[p]}), 4) for p in range(count)]
     joined = []
     for step in range(4):
         shares = [part[step]["image"] for part in parts]
@@ -90,6 +90,17 @@ def test_the_shares_of_the_processes_make_up_the_batch_of_one(count):
     assert_same(whole, joined)
     epoch = [set(names(part[:2])) for part in parts]
     assert sum(map(len, epoch)) == 16 and len(set.union(*epoch)) == 16
+
+
+def test_the_position_is_one_for_all_rows():
+    """So it is saved once, and any process goes on from it with other rows."""
+    one = {"image": Stream((Numbers(16),), 8, noisy)}
+    iterator, other = (batches(one, seed=5, rows={"image": rows}) for rows in ([1, 2], [5]))
+    take(iterator, 3), take(other, 3)
+    assert iterator.get_state() == other.get_state()
+    whole = batches(one, seed=5)
+    whole.set_state(iterator.get_state())
+    assert_same(take(whole, 2), take(batches(one, seed=5), 5)[3:])
 
 
 def test_a_batch_comes_from_one_bucket_in_proportion():
@@ -109,10 +120,10 @@ def test_mistakes():
         ({}, "no data"),
         ({"image": Stream((), 4)}, "image data set is empty"),
         ({"image": Stream((Numbers(0),), 4)}, "image data set is empty"),
-        ({"image": Stream((Numbers(9),), 3)}, "multiple of 2"),
+        ({"image": Stream((Numbers(9),), 0)}, "image batch size is 0"),
     ):
         with pytest.raises(UserError, match=message):
-            batches(streams_, seed=0, process_count=2)
+            batches(streams_, seed=0)
 
 
 def test_transforms():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from magic141_jax.train.metrics import MetricWriter, Window, read
+from magic141_jax.train.metrics import MetricWriter, SilentWriter, Window, read
 
 
 def test_a_window_leaves_out_nan_and_goes_through_json():
@@ -52,3 +52,15 @@ def test_samples_are_an_animation(tmp_path):
         assert picture.size == (12, 16) and picture.n_frames == 3
         picture.seek(2)
         assert picture.convert("RGB").getpixel((5, 5)) == (255, 255, 255)
+
+
+def test_only_the_first_process_writes(tmp_path):
+    """The other writer has every method of the real one, and does nothing."""
+    silent, public = SilentWriter(), {name for name in vars(MetricWriter) if not name.startswith("_")}
+    assert public <= set(vars(SilentWriter))
+    silent.start(0)
+    silent.advance({})
+    silent.scalars(1, {"loss": 1.0})
+    silent.video(1, "samples", np.zeros((1, 1, 2, 2, 3)), 8)
+    silent.close()
+    assert not list(tmp_path.iterdir())
