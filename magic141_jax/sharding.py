@@ -27,13 +27,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from magic141_jax.errors import UserError
+from magic141_jax.errors import UserError, nearest
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
+SPACE_AXES = ("context", "tensor", "fsdp", "data")  # who shares a picture, nearest neighbours first
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
@@ -45,6 +46,25 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
     context: int = 1
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """ "fsdp=2,context=4" as a config; what it leaves is "data", unless another axis is -1 and takes it.
+
+    Raises:
+      UserError: an unknown axis, one that is named twice, or a size that is no number.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = (word.strip() for word in part.partition("="))
+        if axis not in AXES:
+            raise UserError(f"the mesh {text!r} names the axis {axis!r}.{nearest(axis, AXES)}")
+        if axis in sizes:
+            raise UserError(f"the mesh {text!r} names the axis {axis!r} twice")
+        if not size.removeprefix("-").isdecimal():
+            raise UserError(f"the mesh {text!r} gives {axis} the size {size!r}; write {axis}=2, say")
+        sizes[axis] = int(size)
+    return MeshConfig(**{"data": 1 if -1 in sizes.values() else -1, **sizes})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +94,8 @@ def make_mesh(config: MeshConfig | None = None, *, devices: Sequence[jax.Device]
     fixed = math.prod(size for size in sizes if size != -1)
     filled = [len(devices) // fixed if size == -1 else size for size in sizes]
     if math.prod(filled) != len(devices):
-        raise UserError(f"{asked} does not fit {len(devices)} devices; set one size to -1")
+        mend = f"{fixed} does not divide that" if -1 in sizes else "set one size to -1"
+        raise UserError(f"{asked} does not fit {len(devices)} devices; {mend}")
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if filled[0] % slices:
         raise UserError(f"{asked}: the {slices} slices each take a part of data, so it must be a multiple of {slices}")
@@ -167,11 +188,47 @@ def spread(tree: Any, mesh: Mesh) -> Any:
     """Arrays that every process has whole as global ones, split on the leading axis if it divides, else copied."""
     shards = _shards(mesh.shape)
 
-    def put(leaf: Any) -> jax.Array:
-        splits = np.ndim(leaf) and leaf.shape[0] % shards == 0
-        return jax.device_put(leaf, batch_sharding(mesh) if splits else replicated(mesh))
+    def split(leaf: Any) -> NamedSharding:
+        splits = np.ndim(leaf) and np.shape(leaf)[0] % shards == 0
+        return batch_sharding(mesh) if splits else replicated(mesh)
 
-    return jax.tree.map(put, tree)
+    return place(tree, jax.tree.map(split, tree))
+
+
+def place(tree: Any, where: Any) -> Any:
+    """Arrays laid by a tree of shardings like theirs: global ones, or what every process has whole."""
+
+    def put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+        everywhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        if sharding.is_fully_addressable or everywhere:
+            return jax.device_put(leaf, sharding)
+        # `device_put` would first send the array to all processes, to see that they agree.
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+    return jax.tree.map(put, tree, where)
+
+
+def lay(params: Any, mesh: Mesh | None, rules: Rules = ()) -> Any:
+    """A tree of parameters laid over a mesh by `shardings`; as it is without one."""
+    return params if mesh is None else place(params, shardings(params, mesh, rules))
+
+
+def to_host(tree: Any) -> Any:
+    """Global arrays as NumPy ones, whole, in every process; all processes have to call it."""
+
+    def fetch(leaf: Any) -> np.ndarray:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(fetch, tree)
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that the arrays of a tree lie on; None of those on a single device."""
+    found = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    return next((sharding.mesh for sharding in found if isinstance(sharding, NamedSharding)), None)
 
 
 def keep_split(x: jax.Array, *, tokens: bool = False) -> jax.Array:
@@ -191,13 +248,56 @@ def keep_split(x: jax.Array, *, tokens: bool = False) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
+def split_space(x: jax.Array, *, rows: int = 2, columns: int = 3) -> jax.Array:
+    """Holds pictures, with the axes `rows` and `columns`, split over the batch and over space; see `space_spec`.
+
+    The compiler then fetches the neighbours' rows for a convolution, and adds up a norm's sums over the devices.
+    """
+    spec = space_spec(x.shape, rows=rows, columns=columns)
+    return jax.lax.with_sharding_constraint(x, spec) if any(spec) else x
+
+
+def keep_whole(x: jax.Array) -> jax.Array:
+    """Holds all of an array but the batch whole on every device, where there is a mesh (see `over`)."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    batch = BATCH_AXES if x.shape[0] % _shards(sizes) == 0 else None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch)) if sizes else x
+
+
+def space_spec(shape: Sequence[int], *, rows: int = 2, columns: int = 3) -> PartitionSpec:
+    """How pictures lie over the mesh that is traced for (see `over`): split over the batch, and over space.
+
+    The batch takes data x fsdp if it divides by them. Of the axes that it leaves, each splits the columns where it
+    divides what is left of them, else the rows, else neither. A halo of columns is all that neighbours then exchange.
+
+    Args:
+      shape: of the pictures, batch first.
+      rows, columns: which axes of it these are.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    shards = _shards(sizes)
+    batch = shards > 1 and shape[0] % shards == 0
+    found: dict[int, list[str]] = {columns: [], rows: []}
+    left = {dimension: shape[dimension] for dimension in found}
+    for axis in SPACE_AXES:
+        if sizes.get(axis, 1) > 1 and not (batch and axis in BATCH_AXES):
+            dimension = next((d for d in found if left[d] % sizes[axis] == 0), None)
+            if dimension is not None:
+                found[dimension].append(axis)
+                left[dimension] //= sizes[axis]
+    # In the mesh's order, which is the one that `ppermute` counts by, whatever order it is told.
+    held = {d: tuple(sorted(axes, key=AXES.index)) or None for d, axes in found.items()}
+    held[0] = BATCH_AXES if batch else None
+    return PartitionSpec(*map(held.get, range(len(shape))))
+
+
 def ways(axis: str) -> int:
     """The size of an axis of the mesh that is traced for (see `over`); 1 where there is none."""
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
 def platform() -> str:
-    """"cpu", "gpu" or "tpu": of the mesh that is traced for (see `over`), which may be of another machine than this."""
+    """ "cpu", "gpu" or "tpu": of the mesh that is traced for (see `over`), which may be of another machine than this."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         return jax.default_backend()

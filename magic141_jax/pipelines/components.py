@@ -160,7 +160,7 @@ def load_components(
         **{name: load_model(part(name), mesh=mesh) for name in ("vae", "image_encoder")},
     }
     kind = weights.read_json(part("text_encoder") / "config.json").get("model")
-    text_encoder = _pick(TEXT_ENCODERS, kind, part("text_encoder"))(part("text_encoder"))
+    text_encoder = _pick(TEXT_ENCODERS, kind, part("text_encoder"))(part("text_encoder"), mesh=mesh)
     made = Components(folder=folder, text_encoder=text_encoder, sampling=sampling, mesh=mesh, **models)
     return made if lora is None else _with_lora(made, Path(lora), lora_scale)
 
@@ -233,10 +233,7 @@ def load_model(
     require_memory(network.abstract_params, dtype, mesh, what=str(folder), rules=rules)
     _, params = weights.load(folder)
     require_match(params, network.abstract_params, what=str(folder))
-    params = cast(params, dtype)
-    if mesh is not None:
-        params = jax.device_put(params, sharding.shardings(params, mesh, rules))
-    return Model(network, params)
+    return Model(network, sharding.lay(cast(params, dtype), mesh, rules))
 
 
 def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
