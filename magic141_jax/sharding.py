@@ -49,7 +49,7 @@ class MeshConfig:
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """ "fsdp=2,context=4" as a config; what it leaves is "data", unless another axis is -1 and takes it.
+    """The config of "fsdp=2,context=4"; what it leaves is "data", unless another axis is -1 and takes it.
 
     Raises:
       UserError: an unknown axis, one that is named twice, or a size that is no number.
@@ -267,8 +267,9 @@ def keep_whole(x: jax.Array) -> jax.Array:
 def space_spec(shape: Sequence[int], *, rows: int = 2, columns: int = 3) -> PartitionSpec:
     """How pictures lie over the mesh that is traced for (see `over`): split over the batch, and over space.
 
-    The batch takes data x fsdp if it divides by them. Of the axes that it leaves, each splits the columns where it
-    divides what is left of them, else the rows, else neither. A halo of columns is all that neighbours then exchange.
+    The batch takes data x fsdp if it divides by them. Each axis that it leaves goes to the columns or to the rows,
+    whichever have more factors of two left, and splits them if it divides them. A picture, its latents and all levels
+    between differ by factors of two in both, so that no axis ever changes sides, which would move everything.
 
     Args:
       shape: of the pictures, batch first.
@@ -278,15 +279,18 @@ def space_spec(shape: Sequence[int], *, rows: int = 2, columns: int = 3) -> Part
     shards = _shards(sizes)
     batch = shards > 1 and shape[0] % shards == 0
     found: dict[int, list[str]] = {columns: [], rows: []}
-    left = {dimension: shape[dimension] for dimension in found}
+    left = {side: shape[side] for side in found}
+    twos = {side: (size & -size).bit_length() for side, size in left.items()}
     for axis in SPACE_AXES:
-        if sizes.get(axis, 1) > 1 and not (batch and axis in BATCH_AXES):
-            dimension = next((d for d in found if left[d] % sizes[axis] == 0), None)
-            if dimension is not None:
-                found[dimension].append(axis)
-                left[dimension] //= sizes[axis]
+        count = sizes.get(axis, 1)
+        if count > 1 and not (batch and axis in BATCH_AXES):
+            side = max(found, key=twos.__getitem__)
+            twos[side] -= count.bit_length() - 1
+            if left[side] % count == 0:
+                found[side].append(axis)
+                left[side] //= count
     # In the mesh's order, which is the one that `ppermute` counts by, whatever order it is told.
-    held = {d: tuple(sorted(axes, key=AXES.index)) or None for d, axes in found.items()}
+    held = {side: tuple(sorted(axes, key=AXES.index)) or None for side, axes in found.items()}
     held[0] = BATCH_AXES if batch else None
     return PartitionSpec(*map(held.get, range(len(shape))))
 
@@ -297,7 +301,7 @@ def ways(axis: str) -> int:
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": of the mesh that is traced for (see `over`), which may be of another machine than this."""
+    """Of the mesh that is traced for (see `over`), which need not be of this machine: "cpu", "gpu" or "tpu"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         return jax.default_backend()

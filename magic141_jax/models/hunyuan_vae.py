@@ -182,7 +182,7 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int) -> 
 def frame_causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Attention of one head over (b, f, h, w, d): each frame sees itself and those before.
 
-    Works through the query frames one by one, so the scores in memory are (b, h, w, f h w) instead of (b, f h w, f h w).
+    Works through the query frames one by one, so the scores in memory are (b, h w, f h w), not (b, f h w, f h w).
     Over a mesh the queries stay split over space, and every device has all keys.
     """
     b, f, h, w, d = q.shape
