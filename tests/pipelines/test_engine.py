@@ -110,5 +110,5 @@ def test_a_second_start_over_a_mesh_compiles_nothing(weights_folder, tmp_path, q
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
-    assert found["cache_hits"] == found["compile_requests_use_cache"] > 3
+    assert found["cache_hits"] == found["compile_requests_use_cache"] >= 3
     assert not found["cache_misses"]
