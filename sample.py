@@ -2,6 +2,7 @@
 
     python sample.py --prompt "a shark moves left on a yellow background"
     python sample.py --prompt "a star moves left on a blue background" --image photo.png --duration 4 --output star.gif
+    python sample.py --prompt "a small red boat" --weights owner/name --mesh fsdp=2,context=4
 
 Writes the video (mp4, gif or webp, by extension; png: the image alone), the first image and a JSON sidecar beside it.
 Prompt, seed, options and the weights' digest are in the metadata of each. The last line says what took how long.
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 from tqdm import tqdm
 
 import magic141_jax
@@ -29,7 +31,7 @@ from magic141_jax.pipelines.components import DEFAULT
 from magic141_jax.pipelines.long_video import stream_video
 from magic141_jax.pipelines.options import as_prompts, resolve
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
-from magic141_jax.sharding import MeshConfig, make_mesh
+from magic141_jax.sharding import AXES, make_mesh, parse_mesh
 
 MAX_SECONDS = 3600.0
 MAX_VIDEOS = 10_000
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with one_line_warnings():
         image = None if args.image is None else media.read_image(args.image)
-        mesh = None if args.fsdp is None else make_mesh(MeshConfig(fsdp=args.fsdp))
+        mesh = None if args.mesh is None else make_mesh(args.mesh)
         pipeline = TextToVideoPipeline.from_pretrained(
             args.weights,
             image_weights=args.image_weights,
@@ -74,14 +76,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         frames = 1 if args.output.suffix.lower() == ".png" else frames
         media.check_output(args.output, frames)
         start = time.perf_counter()
-        with tqdm(total=frames * args.num_videos, unit="frame", disable=None) as bar:
+        with tqdm(total=frames * args.num_videos, unit="frame", disable=None if writes() else True) as bar:
             for i, path in enumerate(output_paths(args.output, args.num_videos)):
                 seed = options["seed"] + i
                 about = describe(args, pipeline, {**options, "seed": seed}, frames)
                 make_video(args, pipeline, {**options, "seed": seed}, image=image, path=path, about=about, bar=bar)
-    seconds = frames / fps * args.num_videos
-    print(timing_line(pipeline.engine.seconds, time.perf_counter() - start, seconds))
+    if writes():
+        seconds = frames / fps * args.num_videos
+        print(timing_line(pipeline.engine.seconds, time.perf_counter() - start, seconds))
     return 0
+
+
+def writes() -> bool:
+    """Whether this process writes files and the last line; of several, which all compute, the first one does."""
+    return jax.process_index() == 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -103,7 +111,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lora", type=Path, help="a safetensors file of adapters for the transformer, in PEFT's naming")
     add("--lora_scale", type=float, default=1.0, help="how strongly the adapters count")
     add("--dtype", choices=("float32", "bfloat16"), help="of the large networks; by default bfloat16 but on a CPU")
-    add("--fsdp", type=int, help="over how many devices each weight is split; one device has all unless given")
+    add("--mesh", help=f"devices along {', '.join(AXES)}, such as fsdp=2,context=4; one device unless given")
     add("--output", type=Path, default=Path("out.mp4"), help=", ".join(media.FORMATS))
     add("--num_videos", type=int, default=1, help="how many; out-0.mp4 and so on if more than 1")
     add("--upscale", type=int, help="enlarges what is written (Lanczos); by default to some 256 pixels, 1 keeps them")
@@ -120,6 +128,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--duration is {args.duration} seconds; it must be above 0 and at most {MAX_SECONDS:.0f}")
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps is {args.steps}; it must be at least 1")
+    args.mesh = None if args.mesh is None else parse_mesh(args.mesh)
     if not 1 <= args.num_videos <= MAX_VIDEOS:
         raise UserError(f"--num_videos is {args.num_videos}; it must be from 1 to {MAX_VIDEOS}")
     media.check_output(args.output, 1)
@@ -190,11 +199,15 @@ def make_video(
     about: dict[str, Any],
     bar: tqdm,
 ) -> None:
-    """Makes one video and writes its files, all of them or none."""
+    """Makes one video and writes its files, all of them or none; processes that do not write compute it only."""
     still, sidecar = path.with_suffix(".png"), path.with_suffix(".json")
     bar.set_description("image")
     stream = stream_video(pipeline, args.prompt, total_frames=about["frames"], image=image, **options)
     bar.set_description("video")
+    if not writes():
+        for _ in stream:
+            pass
+        return
     # A dict, because a png output is its own still.
     targets = dict.fromkeys((path, still, sidecar))
     with media.staged(*targets) as temporary:

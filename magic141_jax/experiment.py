@@ -329,7 +329,7 @@ class Experiment:
             params = self.method.init(key)
         else:
             return jax.jit(lambda: self._state(self.method.init(key)), out_shardings=self.layout)()
-        return jax.jit(self._state, out_shardings=self.layout)(sharding.lay(params, self.layout.params))
+        return jax.jit(self._state, out_shardings=self.layout)(sharding.place(params, self.layout.params))
 
     def memory(self) -> str:
         """What the roles take on each device, see `train.state.memory_table`."""

@@ -31,10 +31,11 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from magic141_jax.errors import UserError
+from magic141_jax.errors import UserError, nearest
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
+SPACE_AXES = ("context", "tensor", "fsdp", "data")  # who shares a picture, nearest neighbours first
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
@@ -46,6 +47,25 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
     context: int = 1
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """The config of "fsdp=2,context=4"; what it leaves is "data", unless another axis is -1 and takes it.
+
+    Raises:
+      UserError: an unknown axis, one that is named twice, or a size that is no number.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = (word.strip() for word in part.partition("="))
+        if axis not in AXES:
+            raise UserError(f"the mesh {text!r} names the axis {axis!r}.{nearest(axis, AXES)}")
+        if axis in sizes:
+            raise UserError(f"the mesh {text!r} names the axis {axis!r} twice")
+        if not size.removeprefix("-").isdecimal():
+            raise UserError(f"the mesh {text!r} gives {axis} the size {size!r}; write {axis}=2, say")
+        sizes[axis] = int(size)
+    return MeshConfig(**{"data": 1 if -1 in sizes.values() else -1, **sizes})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +95,8 @@ def make_mesh(config: MeshConfig | None = None, *, devices: Sequence[jax.Device]
     fixed = math.prod(size for size in sizes if size != -1)
     filled = [len(devices) // fixed if size == -1 else size for size in sizes]
     if math.prod(filled) != len(devices):
-        raise UserError(f"{asked} does not fit {len(devices)} devices; set one size to -1")
+        mend = f"{fixed} does not divide that" if -1 in sizes else "set one size to -1"
+        raise UserError(f"{asked} does not fit {len(devices)} devices; {mend}")
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if filled[0] % slices:
         raise UserError(f"{asked}: the {slices} slices each take a part of data, so it must be a multiple of {slices}")
@@ -167,7 +188,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     def put(leaf: Any) -> jax.Array:
         leaf = np.asarray(leaf)
         if not leaf.ndim:
-            return lay(leaf, replicated(mesh))
+            return place(leaf, replicated(mesh))
         size = leaf.shape[0] * _shards(mesh.shape) // held
         rows = batch_rows(size, mesh)
 
@@ -183,30 +204,43 @@ def spread(tree: Any, mesh: Mesh) -> Any:
     """Arrays that every process has whole as global ones, split on the leading axis if it divides, else copied."""
     shards = _shards(mesh.shape)
 
-    def put(leaf: Any) -> jax.Array:
-        splits = np.ndim(leaf) and leaf.shape[0] % shards == 0
-        return lay(leaf, batch_sharding(mesh) if splits else replicated(mesh))
+    def split(leaf: Any) -> NamedSharding:
+        splits = np.ndim(leaf) and np.shape(leaf)[0] % shards == 0
+        return batch_sharding(mesh) if splits else replicated(mesh)
 
-    return jax.tree.map(put, tree)
+    return place(tree, jax.tree.map(split, tree))
 
 
-def lay(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process has whole, or that lie over a mesh already, in the layout of a tree of shardings.
+def place(tree: Any, where: Any) -> Any:
+    """Arrays laid by a tree of shardings like theirs: global ones, or what every process has whole.
 
     No device is given more than its part.
     """
 
-    def put(leaf: Any, where: NamedSharding) -> jax.Array:
-        if isinstance(leaf, jax.Array) and (leaf.sharding == where or not leaf.is_fully_addressable):
-            return jax.device_put(leaf, where)
-        leaf = np.asarray(leaf)
-        return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
+    def put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+        everywhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        if sharding.is_fully_addressable or everywhere:
+            return jax.device_put(leaf, sharding)
+        # `device_put` would first send the array to all processes, to see that they agree.
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
-    return jax.tree.map(put, tree, shardings)
+    return jax.tree.map(put, tree, where)
+
+
+def lay(params: Any, mesh: Mesh | None, rules: Rules = ()) -> Any:
+    """A tree of parameters laid over a mesh by `shardings`; as it is without one."""
+    return params if mesh is None else place(params, shardings(params, mesh, rules))
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that the arrays of a tree lie on; None of those on a single device."""
+    found = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    return next((sharding.mesh for sharding in found if isinstance(sharding, NamedSharding)), None)
 
 
 def on_host() -> contextlib.AbstractContextManager[Any]:
-    """A context in which new arrays are made in the host's memory, from where `lay` takes them to their devices."""
+    """A context in which new arrays are made in the host's memory, from where `place` takes them to their devices."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:  # JAX_PLATFORMS leaves out the CPU
@@ -248,6 +282,53 @@ def keep_split(x: jax.Array, *, tokens: bool = False) -> jax.Array:
     free = PartitionSpec.UNCONSTRAINED
     spec = [free if axes is None else axes for axes in held] + [free] * (x.ndim - len(held))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def split_space(x: jax.Array, *, rows: int = 2, columns: int = 3) -> jax.Array:
+    """Holds pictures, with the axes `rows` and `columns`, split over the batch and over space; see `space_spec`.
+
+    The compiler then fetches the neighbours' rows for a convolution, and adds up a norm's sums over the devices.
+    """
+    spec = space_spec(x.shape, rows=rows, columns=columns)
+    return jax.lax.with_sharding_constraint(x, spec) if any(spec) else x
+
+
+def keep_whole(x: jax.Array) -> jax.Array:
+    """Holds all of an array but the batch whole on every device, where there is a mesh (see `over`)."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    batch = BATCH_AXES if x.shape[0] % _shards(sizes) == 0 else None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch)) if sizes else x
+
+
+def space_spec(shape: Sequence[int], *, rows: int = 2, columns: int = 3) -> PartitionSpec:
+    """How pictures lie over the mesh that is traced for (see `over`): split over the batch, and over space.
+
+    The batch takes data x fsdp if it divides by them. Each axis that it leaves goes to the columns or to the rows,
+    whichever have more factors of two left, and splits them if it divides them. A picture, its latents and all levels
+    between differ by factors of two in both, so that no axis ever changes sides, which would move everything.
+
+    Args:
+      shape: of the pictures, batch first.
+      rows, columns: which axes of it these are.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    shards = _shards(sizes)
+    batch = shards > 1 and shape[0] % shards == 0
+    found: dict[int, list[str]] = {columns: [], rows: []}
+    left = {side: shape[side] for side in found}
+    twos = {side: (size & -size).bit_length() for side, size in left.items()}
+    for axis in SPACE_AXES:
+        count = sizes.get(axis, 1)
+        if count > 1 and not (batch and axis in BATCH_AXES):
+            side = max(found, key=twos.__getitem__)
+            twos[side] -= count.bit_length() - 1
+            if left[side] % count == 0:
+                found[side].append(axis)
+                left[side] //= count
+    # In the mesh's order, which is the one that `ppermute` counts by, whatever order it is told.
+    held = {side: tuple(sorted(axes, key=AXES.index)) or None for side, axes in found.items()}
+    held[0] = BATCH_AXES if batch else None
+    return PartitionSpec(*map(held.get, range(len(shape))))
 
 
 def ways(axis: str) -> int:

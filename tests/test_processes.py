@@ -159,7 +159,7 @@ def test_processes_share_arrays_errors_and_votes(tmp_path):
         assert sharding.batch_rows(8, shared).tolist() == list(range(8))
         np.testing.assert_array_equal(sharding.to_host(sharding.shard_batch(whole, shared)), whole)
         np.testing.assert_array_equal(sharding.to_host(sharding.spread(whole, mesh)), whole)
-        moved = sharding.lay(batch["x"], NamedSharding(mesh, PartitionSpec()))
+        moved = sharding.place(batch["x"], NamedSharding(mesh, PartitionSpec()))
         np.testing.assert_array_equal(moved, whole)
 
         file = Path(sys.argv[1]) / "written"

@@ -83,6 +83,20 @@ def test_a_picture_is_animated(run, tmp_path):
     assert media.read_metadata(folder / "out.gif")["image"] == "photo.png"
 
 
+def test_a_mesh_makes_the_same_picture(run, quick_compilation):
+    still = [
+        run("--upscale", "1", *mesh, output="out.png") / "out.png" for mesh in ((), ("--mesh", "fsdp=2,context=2"))
+    ]
+    pictures = [np.asarray(Image.open(path), int) for path in still]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_of_several_processes_the_first_one_writes(run, sample, monkeypatch, capsys):
+    monkeypatch.setattr(sample.jax, "process_index", lambda: 1)
+    assert names(run("--duration", "1")) == []
+    assert capsys.readouterr().out == ""
+
+
 def test_png_is_the_image_alone(run):
     assert names(run(output="out.png")) == ["out.json", "out.png"]
 
@@ -113,6 +127,10 @@ def test_png_is_the_image_alone(run):
         (["--output", "out.mov"], "unknown extension"),
         (["--output", "missing/out.mp4"], "no folder"),
         (["--weights", "./missing"], "no weights folder"),
+        (["--mesh", "fdsp=2"], "'fdsp'.*Did you mean 'fsdp'"),
+        (["--mesh", "fsdp=two"], "'two'"),
+        (["--mesh", "fsdp=3"], "does not fit 8 devices"),
+        (["--fsdp", "2"], "unknown flag --fsdp"),
     ],
 )
 def test_mistakes(sample, weights_folder, tmp_path, monkeypatch, flags, message):

@@ -159,6 +159,83 @@ def test_activations_stay_split_where_there_is_a_mesh():
     np.testing.assert_array_equal(y, 2 * x)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "shape", "spec"),
+    [
+        ({"context": 8}, (1, 21, 68, 120, 16), P(None, None, None, "context", None)),
+        ({"context": 8}, (1, 21, 120, 68, 16), P(None, None, "context", None, None)),
+        ({"data": 8}, (1, 21, 68, 120, 16), P(None, None, None, "data", None)),
+        ({"data": 8}, (8, 21, 68, 120, 16), P(("data", "fsdp"), None, None, None, None)),
+        ({"context": 2, "tensor": 2, "fsdp": 2}, (1, 3, 4, 4, 4), P(None, None, "tensor", ("fsdp", "context"), None)),
+        ({"context": 2, "tensor": 2, "fsdp": 2}, (2, 3, 4, 4, 4), P(("data", "fsdp"), None, "tensor", "context", None)),
+        ({"context": 8}, (1, 3, 4, 4, 4), P(None, None, None, None, None)),
+    ],
+)
+def test_pictures_are_split_over_the_axes_that_the_batch_leaves(mesh, shape, spec):
+    def function(x):
+        assert sharding.space_spec(x.shape) == spec
+        return sharding.split_space(x)
+
+    mesh = make_mesh(MeshConfig(**{"data": 1, **mesh}))
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    assert jax.eval_shape(sharding.over(mesh, function), x).shape == shape
+
+
+def test_no_axis_changes_sides_between_a_picture_and_its_latents():
+    mesh = make_mesh(MeshConfig(data=1, context=4, tensor=2)).abstract_mesh
+    for h, w in ((68, 120), (120, 68), (90, 160), (60, 104), (17, 30), (8, 8), (3, 5)):
+        with jax.sharding.use_abstract_mesh(mesh):
+            specs = [sharding.space_spec((1, 1, h << level, w << level, 3)) for level in range(4)]
+        sides = {axis: {i for spec in specs for i in (2, 3) if axis in str(spec[i])} for axis in ("context", "tensor")}
+        assert all(len(side) <= 1 for side in sides.values()), (h, w, specs)
+
+
+def test_without_a_mesh_pictures_are_left_alone():
+    x = jnp.ones((1, 1, 8, 8, 3))
+    assert sharding.split_space(x) is x and sharding.keep_whole(x) is x
+    assert not any(sharding.space_spec(x.shape))
+
+
+def test_what_is_kept_whole_is_on_every_device_but_for_its_batch():
+    mesh = make_mesh(MeshConfig(data=2, context=4))
+    for batch, part in ((1, (1, 8)), (2, (1, 8))):
+        x = jax.device_put(np.ones((batch, 8), np.float32), jax.NamedSharding(mesh, P(None, "context")))
+        y = jax.jit(sharding.over(mesh, sharding.keep_whole))(x)
+        assert y.addressable_shards[0].data.shape == part
+
+
+def test_a_mesh_from_text():
+    assert sharding.parse_mesh("fsdp=2, context=4") == MeshConfig(data=-1, fsdp=2, context=4)
+    assert sharding.parse_mesh("fsdp=-1") == MeshConfig(data=1, fsdp=-1)
+    assert sharding.parse_mesh("data=2,tensor=4") == MeshConfig(data=2, tensor=4)
+    for text, message in (
+        ("contxt=2", "'contxt'.*Did you mean 'context'"),
+        ("", "names the axis ''"),
+        ("fsdp=2,fsdp=4", "'fsdp' twice"),
+        ("fsdp", "fsdp the size ''.*write fsdp=2"),
+        ("fsdp=two", "size 'two'"),
+        ("fsdp=--2", "size '--2'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sharding.parse_mesh(text)
+    with pytest.raises(UserError, match="does not fit 8 devices; 3 does not divide that"):
+        make_mesh(sharding.parse_mesh("fsdp=3"))
+    with pytest.raises(UserError, match="sizes are positive"):
+        make_mesh(sharding.parse_mesh("fsdp=0"))
+
+
+def test_arrays_come_and_go():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    params = {"a": np.arange(16.0).reshape(2, 8), "b": np.float32(3)}
+    assert sharding.lay(params, None) is params and sharding.mesh_of(params) is None
+    assert sharding.mesh_of(jax.tree.map(jnp.asarray, params)) is None
+    laid = sharding.lay(params, mesh, ((r"a", (None, "fsdp")),))
+    assert sharding.mesh_of(laid) == mesh and laid["a"].sharding.spec == P(None, "fsdp")
+    back = sharding.to_host(laid)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(back))
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
 def test_batch_sizes_that_do_not_split_name_the_nearest():
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     sharding.require_split(16, mesh)
@@ -206,7 +283,7 @@ def test_arrays_go_onto_a_mesh_and_come_back():
     tree = {"host": np.arange(16.0).reshape(8, 2), "device": jnp.arange(8, dtype=jnp.bfloat16), "scalar": 3}
     where = {"host": P("fsdp", "tensor"), "device": P("fsdp"), "scalar": P()}
     where = {name: jax.sharding.NamedSharding(mesh, spec) for name, spec in where.items()}
-    placed = sharding.lay(tree, where)
+    placed = sharding.place(tree, where)
     assert {name: leaf.sharding for name, leaf in placed.items()} == where
     assert placed["host"].addressable_shards[0].data.shape == (2, 1) and placed["device"].dtype == jnp.bfloat16
     back = sharding.to_host(placed)

@@ -8,7 +8,9 @@ block attends from each frame to itself and the frames before. The group norms, 
 all frames of a call, so that the published VAE is causal in its wiring only: encoding a prefix of a clip, or its
 first frame alone, gives slightly other latents than encoding the whole clip.
 
-`HunyuanVAEConfig.tiling` decides how long and large inputs are cut up; its default is diffusers' frame tiling.
+`HunyuanVAEConfig.tiling` decides how long and large inputs are cut up; its default is diffusers' frame tiling. Over a
+mesh each device works on some rows and columns of the whole picture (`sharding.split_space`): convolutions fetch their
+neighbours' border, norms add up their sums, and attention gathers the keys of its level, the coarsest.
 The encoder and the decoder are built of a kind of convolution, so that an image autoencoder can be built of another.
 """
 
@@ -23,9 +25,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from magic141_jax.models import halo
 from magic141_jax.models.tiling import FRAME_TILES, Tiling, tiled_decode, tiled_encode
 from magic141_jax.models.vae import VideoVAE
 from magic141_jax.shapes import Frames, Latents
+from magic141_jax.sharding import keep_whole, platform, split_space
 
 Stride = tuple[int, int, int]
 ConvForm = Literal["taps", "volume"]
@@ -130,18 +134,18 @@ def causal_conv3d(x: jax.Array, kernel: jax.Array, *, stride: Stride = (1, 1, 1)
       form: "taps" sums one 2D convolution per temporal tap, "volume" is one 3D convolution. By default "taps" on
         a CPU, where XLA's 3D convolution is some ten times slower, and "volume" elsewhere. Both give equal results.
     """
-    form = form or ("taps" if jax.default_backend() == "cpu" else "volume")
-    kt, ky, kx = kernel.shape[:3]
-    space = ((ky // 2, ky // 2), (kx // 2, kx // 2))
-    x = jnp.pad(x, ((0, 0), (kt - 1, 0), *space, (0, 0)), mode="edge")
-    return _CONV_FORMS[form](x, kernel, stride)
+    form = form or ("taps" if platform() == "cpu" else "volume")
+    x = jnp.pad(x, ((0, 0), (kernel.shape[0] - 1, 0), *[(0, 0)] * 3), mode="edge")
+    border = tuple((side // 2, side // 2) for side in kernel.shape[1:3])
+    convolve = functools.partial(_CONV_FORMS[form], stride=stride)
+    return halo.convolve(convolve, x, kernel, border=border, fill="repeat", step=stride[1:])
 
 
-def _volume(x: jax.Array, kernel: jax.Array, stride: Stride) -> jax.Array:
+def _volume(x: jax.Array, kernel: jax.Array, *, stride: Stride) -> jax.Array:
     return jax.lax.conv_general_dilated(x, kernel, stride, "VALID", dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
 
 
-def _taps(x: jax.Array, kernel: jax.Array, stride: Stride) -> jax.Array:
+def _taps(x: jax.Array, kernel: jax.Array, *, stride: Stride) -> jax.Array:
     b, t, *space, c = x.shape
     taps = kernel.shape[0]
     frames = (t - taps) // stride[0] + 1
@@ -164,31 +168,35 @@ _CONV_FORMS = {"taps": _taps, "volume": _volume}
 
 def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int) -> jax.Array:
     """Normalises (b, f, h, w, c) over f, h, w and the channels of each group; float32 inside."""
-    b, *inner, c = x.shape
-    grouped = x.astype(jnp.float32).reshape(b, -1, groups, c // groups)
-    mean = grouped.mean((1, 3), keepdims=True)
-    variance = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
-    normed = ((grouped - mean) * jax.lax.rsqrt(variance + EPSILON)).reshape(b, *inner, c)
+    *outer, c = x.shape
+    # Rows and columns stay axes of their own: a merged one could not stay split over a mesh.
+    grouped = x.astype(jnp.float32).reshape(*outer, groups, c // groups)
+    over = (*range(1, x.ndim - 1), x.ndim)
+    mean = grouped.mean(over, keepdims=True)
+    variance = jnp.square(grouped - mean).mean(over, keepdims=True)
+    normed = ((grouped - mean) * jax.lax.rsqrt(variance + EPSILON)).reshape(x.shape)
     shape = (1,) * (x.ndim - 1) + (c,)
     return (normed * scale.reshape(shape) + bias.reshape(shape)).astype(x.dtype)
 
 
 def frame_causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention of one head over (b, f, p, d), p positions a frame: each frame sees itself and those before.
+    """Attention of one head over (b, f, h, w, d): each frame sees itself and those before.
 
-    Works through the query frames one by one, so the scores in memory are (b, p, f p) instead of (b, f p, f p).
+    Works through the query frames one by one, so the scores in memory are (b, h w, f h w), not (b, f h w, f h w).
+    Over a mesh the queries stay split over space, and every device has all keys.
     """
-    b, f, p, d = q.shape
-    k, v = k.reshape(b, f * p, d), v.reshape(b, f * p, d)
-    key_frame = jnp.arange(f * p) // p
+    b, f, h, w, d = q.shape
+    k, v = (keep_whole(x).reshape(b, f * h * w, d) for x in (k, v))
+    key_frame = jnp.arange(f * h * w) // (h * w)
 
     @jax.checkpoint
     def attend(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         frame, query = inputs
-        scores = jnp.einsum("bpd,bjd->bpj", query, k, preferred_element_type=jnp.float32) * d**-0.5
-        visible = (key_frame <= frame)[None, None, :]
+        query = split_space(query, rows=1, columns=2)
+        scores = jnp.einsum("bhwd,bjd->bhwj", query, k, preferred_element_type=jnp.float32) * d**-0.5
+        visible = (key_frame <= frame)[None, None, None, :]
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-        return jnp.einsum("bpj,bjd->bpd", weights.astype(v.dtype), v)
+        return jnp.einsum("bhwj,bjd->bhwd", weights.astype(v.dtype), v)
 
     return jnp.moveaxis(jax.lax.map(attend, (jnp.arange(f), jnp.moveaxis(q, 1, 0))), 0, 1)
 
@@ -241,6 +249,7 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, f, h, w, inputs) -> (b, f, h, w, outputs)."""
+        x = split_space(x)
         y = self.conv1(nnx.silu(self.norm1(x)))
         y = self.conv2(nnx.silu(self.norm2(y)))
         return y + (x if self.shortcut is None else self.shortcut(x))
@@ -258,10 +267,8 @@ class FrameAttention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, f, h, w, channels) -> the same shape."""
-        b, f, h, w, c = x.shape
-        y = self.norm(x).reshape(b, f, h * w, c)
-        y = self.out(frame_causal_attention(self.query(y), self.key(y), self.value(y)))
-        return x + y.reshape(x.shape)
+        y = self.norm(x)
+        return x + self.out(frame_causal_attention(self.query(y), self.key(y), self.value(y)))
 
 
 class MiddleBlock(nnx.Module):
@@ -334,10 +341,10 @@ class Encoder(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, t, y, x, 3) -> moments (b, f, h, w, 2 latent_channels)."""
-        x = self.conv_in(x)
+        x = self.conv_in(split_space(x))
         for level in self.levels:
             x = level(x)
-        return self.conv_out(nnx.silu(self.norm_out(self.middle(x))))
+        return split_space(self.conv_out(nnx.silu(self.norm_out(self.middle(x)))))
 
 
 class Decoder(nnx.Module):
@@ -360,10 +367,10 @@ class Decoder(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Raw latents (b, f, h, w, latent_channels) -> frames (b, t, y, x, 3)."""
-        x = self.middle(self.conv_in(x))
+        x = self.middle(self.conv_in(split_space(x)))
         for level in self.levels:
             x = level(x)
-        return self.conv_out(nnx.silu(self.norm_out(x)))
+        return split_space(self.conv_out(nnx.silu(self.norm_out(x))))
 
 
 class HunyuanVAE(VideoVAE):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from magic141_jax.models import halo
 from magic141_jax.models.hunyuan_vae import LOGVAR_RANGE, Decoder, Encoder, Stride, require_groups
 from magic141_jax.models.vae import VideoVAE
 from magic141_jax.shapes import Frames, Latents
@@ -73,16 +74,17 @@ class ImageConv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, t, y, x, inputs) -> (b, t, ..., outputs)."""
+        border = tuple((1 if step == 1 else 0, 1) for step in self.stride)
+        y = halo.convolve(self._frames, x, self.kernel[...], border=border, fill="zero", step=self.stride)
+        return y + self.bias[...].reshape(1, 1, 1, 1, -1)
+
+    def _frames(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Convolves each frame, which has its border."""
         b, t, *image = x.shape
-        border = [(1 if step == 1 else 0, 1) for step in self.stride]
         y = jax.lax.conv_general_dilated(
-            x.reshape(b * t, *image),
-            self.kernel[...],
-            self.stride,
-            border,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            x.reshape(b * t, *image), kernel, self.stride, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return y.reshape(b, t, *y.shape[1:]) + self.bias[...].reshape(1, 1, 1, 1, -1)
+        return y.reshape(b, t, *y.shape[1:])
 
 
 class KLVAE(VideoVAE):

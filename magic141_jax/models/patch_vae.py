@@ -26,9 +26,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from magic141_jax.errors import UserError
+from magic141_jax.models.kl_vae import ImageConv
 from magic141_jax.models.vae import VideoVAE, latent_frames
 from magic141_jax.pytree import Params
 from magic141_jax.shapes import Frames, Latents
+from magic141_jax.sharding import split_space
 
 PATCH = 4  # pixels and frames of one patch
 LOGVAR_RANGE = (-20.0, 10.0)
@@ -59,18 +61,17 @@ class Block(nnx.Module):
 
     def __init__(self, width: int, expansion: int, *, rngs: nnx.Rngs):
         self.scale = nnx.Param(jnp.ones((width,)))
-        self.conv = nnx.Conv(width, width, (3, 3), rngs=rngs)
+        self.conv = ImageConv(width, width, rngs=rngs)
         self.previous = nnx.Linear(width, width, use_bias=False, rngs=rngs)
         self.expand = nnx.Linear(width, expansion * width, rngs=rngs)
         self.contract = nnx.Linear(expansion * width, width, kernel_init=ZEROS, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h w c"]:
         """Keeps the shape; frame i depends on frames i and i - 1 only."""
-        b, f = x.shape[:2]
+        x = split_space(x)
         y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * self.scale[...].reshape(1, 1, 1, 1, -1)
-        now = self.conv(y.reshape(b * f, *y.shape[2:])).reshape(x.shape)
         before = jnp.pad(y[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))
-        y = jax.nn.silu(now + self.previous(before))
+        y = jax.nn.silu(self.conv(y) + self.previous(before))
         return x + self.contract(jax.nn.silu(self.expand(y)))
 
 
@@ -93,7 +94,7 @@ class PatchVAE(VideoVAE):
         self.to_latent = nnx.Linear(coarse, 2 * config.latent_channels, kernel_init=ZEROS, rngs=rngs)
         self.to_latent.bias[...] = jnp.repeat(jnp.array([0.0, FIRST_LOGVAR]), config.latent_channels)
         self.decoder_shortcut = nnx.Linear(config.latent_channels, 4 * pixels, rngs=rngs)
-        self.from_latent = nnx.Conv(config.latent_channels, coarse, (3, 3), rngs=rngs)
+        self.from_latent = ImageConv(config.latent_channels, coarse, rngs=rngs)
         self.decoder_coarse = blocks(config.decoder_blocks[1], coarse)
         self.unfold = nnx.Linear(coarse, 4 * fine, rngs=rngs)
         self.decoder_fine = blocks(config.decoder_blocks[0], fine)
@@ -110,7 +111,7 @@ class PatchVAE(VideoVAE):
         if height % 8 or width % 8:
             near = f"{max(round(height / 8), 1) * 8}x{max(round(width / 8), 1) * 8}"
             raise UserError(f"frames of {height}x{width}: both sides must be multiples of 8, the nearest is {near}")
-        frames = jnp.concatenate([jnp.repeat(frames[:, :1], PATCH - 1, axis=1), frames], axis=1)
+        frames = split_space(jnp.concatenate([jnp.repeat(frames[:, :1], PATCH - 1, axis=1), frames], axis=1))
         x = self.embed(_fold(frames, PATCH, PATCH))
         for block in self.encoder_fine:
             x = block(x)
@@ -123,15 +124,15 @@ class PatchVAE(VideoVAE):
 
     def decode(self, raw: Latents) -> Frames:
         """See `VideoVAE.decode`."""
-        b, f = raw.shape[:2]
-        x = self.from_latent(raw.reshape(b * f, *raw.shape[2:])).reshape(*raw.shape[:4], -1)
+        raw = split_space(raw)
+        x = self.from_latent(raw)
         for block in self.decoder_coarse:
             x = block(x)
         x = _unfold(self.unfold(x), 1, 2)
         for block in self.decoder_fine:
             x = block(x)
         frames = _unfold(self.to_pixels(x), PATCH, PATCH) + _unfold(self.decoder_shortcut(raw), PATCH, 2 * PATCH)
-        return frames[:, PATCH - 1 :]
+        return split_space(frames[:, PATCH - 1 :])
 
 
 def fit_shortcut(params: Params, frames: Frames) -> Params:

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from tokenizers import Encoding, Tokenizer
 
-from magic141_jax import settings, weights
+from magic141_jax import settings, sharding, weights
 from magic141_jax.errors import UserError
 from magic141_jax.models import encoder
 from magic141_jax.models.encoder import Encoder, EncoderConfig, affine_norm
@@ -140,8 +140,12 @@ class MiniLMTextEncoder:
         self._apply = jax.jit(network.__call__)
 
     @classmethod
-    def from_folder(cls, folder: Path, length: int | None = None) -> MiniLMTextEncoder:
+    def from_folder(
+        cls, folder: Path, length: int | None = None, *, mesh: jax.sharding.Mesh | None = None
+    ) -> MiniLMTextEncoder:
         """Reads config.json, model.safetensors and tokenizer.json; `length` overrides the config's.
+
+        The parameters are laid over `mesh` by `SHARDING_RULES`, where one is given.
 
         Raises:
           UserError: a file is missing, damaged, or doesn't fit the others.
@@ -153,7 +157,8 @@ class MiniLMTextEncoder:
         config = settings.build(BertConfig, mapping, where="text_encoder")
         if length is not None:
             config = dataclasses.replace(config, length=length)
-        return cls(config, cast(params, jnp.float32), read_tokenizer(folder / "tokenizer.json"))
+        params = sharding.lay(cast(params, jnp.float32), mesh, SHARDING_RULES)
+        return cls(config, params, read_tokenizer(folder / "tokenizer.json"))
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Prompts -> token ids (b, s) int32 and mask (b, s) bool; warns about every truncated prompt."""
@@ -182,13 +187,18 @@ def in_batches(
 ) -> Any:
     """`apply(params, *inputs)`, whose outputs are a tree of arrays (b, ...), by batches of at most `limit` rows.
 
-    A batch is padded to a power of two, so that few sizes are ever compiled.
+    A batch is padded to a power of two, so that few sizes are ever compiled. Where the parameters lie on a mesh, it is
+    compiled for that one, and the outputs come back whole to every process.
     """
+    mesh = sharding.mesh_of(params)
+    apply = sharding.over(mesh, apply)
     made = []
     for start in range(0, len(inputs[0]), limit):
         count = min(len(inputs[0]) - start, limit)
         rows = np.arange(1 << (count - 1).bit_length()) % count + start
-        outputs = apply(params, *(array[rows] for array in inputs))
+        batch = [array[rows] for array in inputs]
+        outputs = apply(params, *(batch if mesh is None else sharding.spread(batch, mesh)))
+        outputs = outputs if mesh is None else sharding.to_host(outputs)
         made.append(jax.tree.map(lambda leaf, count=count: leaf[:count], outputs))
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *made)
 

@@ -160,7 +160,7 @@ def load_components(
         **{name: load_model(part(name), mesh=mesh) for name in ("vae", "image_encoder")},
     }
     kind = weights.read_json(part("text_encoder") / "config.json").get("model")
-    text_encoder = _pick(TEXT_ENCODERS, kind, part("text_encoder"))(part("text_encoder"))
+    text_encoder = _pick(TEXT_ENCODERS, kind, part("text_encoder"))(part("text_encoder"), mesh=mesh)
     made = Components(folder=folder, text_encoder=text_encoder, sampling=sampling, mesh=mesh, **models)
     return made if lora is None else _with_lora(made, Path(lora), lora_scale)
 
@@ -194,7 +194,7 @@ def _published_components(
 ) -> Components:
     """The parts of a pipeline folder in diffusers' layout, its transformer from `own`; all but the VAE are `dtype`."""
     load = functools.partial(load_model, overrides={"compute_dtype": dtype}, mesh=mesh)
-    run_time = {"compute_dtype": dtype, "attention": "chunked"}  # a video's scores are too many to have at once
+    run_time = {"compute_dtype": dtype, "attention": "auto"}
     transformer = load_model(own, overrides=run_time, mesh=mesh)
     text_encoder, sampling = published.read(folder, index, transformer.network.config, load)
     return Components(
@@ -235,9 +235,7 @@ def load_model(
         _, params = weights.load(folder)
         require_match(params, network.abstract_params, what=str(folder))
         params = cast(params, dtype)
-    if mesh is not None:
-        params = sharding.lay(params, sharding.shardings(params, mesh, rules))
-    return Model(network, params)
+    return Model(network, sharding.lay(params, mesh, rules))
 
 
 def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path:

@@ -9,6 +9,9 @@
 Each stage is one compiled program per set of shapes, with the parameters as arguments. An image, a clip and every
 window of a long video share them: which latent frames are known is data, not a shape. Noise is drawn inside, from
 (seed, index in the call, purpose), so that neither the batch nor the devices change it.
+
+With `components.mesh` a stage is compiled for all devices of the mesh, and what comes in is laid over it: the batch
+split where it divides, copied otherwise. How the networks split the rest is theirs: weights, pictures over space.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magic141_jax import sharding
 from magic141_jax.diffusion import conditioning, flow, guidance, samplers, timesteps
 from magic141_jax.diffusion.conditioning import Conditioning, LatentMask
 from magic141_jax.errors import UserError
@@ -49,16 +53,26 @@ class Prompts:
 
 
 class Stage:
-    """A function of (params, *arrays, **static) compiled once per set of shapes; compile time is counted apart."""
+    """A function of (params, *arrays, **static) compiled once per set of shapes; compile time is counted apart.
 
-    def __init__(self, function: Callable[..., Any], params: Params, seconds: collections.Counter[str]) -> None:
-        self._function, self._params, self._seconds = function, params, seconds
+    Over a mesh, on which the parameters lie, arrays come in from the host or from another stage.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        params: Params,
+        seconds: collections.Counter[str],
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> None:
+        self._function, self._params, self._seconds = sharding.over(mesh, function), params, seconds
+        self._mesh = mesh
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, label: str, *arrays: Any, **static: Any) -> Any:
         """Runs the stage and adds its seconds to `label`; blocks until the result is there."""
         leaves, structure = jax.tree.flatten(arrays)
-        leaves = [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in leaves]
+        leaves = list(map(jnp.asarray, leaves)) if self._mesh is None else sharding.spread(leaves, self._mesh)
         key = (structure, *((x.shape, x.dtype, x.sharding) for x in leaves), *sorted(static.items()))
         arrays = jax.tree.unflatten(structure, leaves)
         if key not in self._compiled:
@@ -124,7 +138,7 @@ class Engine:
         length = text.shape[1]
         if not self.components.text_encoder.image_tokens:
             text, mask = self._image_tokens("image", images, text, mask)
-        known, known_mask = self.encode_known(jnp.asarray(images)[:, None], options, label="image")
+        known, known_mask = self.encode_known(np.asarray(images)[:, None], options, label="image")
         cond = Conditioning(text, mask, pooled, known, known_mask, image_tokens=text.shape[1] - length)
         return cond, prompts.negative
 
@@ -176,14 +190,15 @@ class Engine:
             keep=made_for.keep_known,
         )
 
-    def decode(self, latents: Latents) -> Frames:
-        """Normalised latents -> frames in [0, 1], without those that the weights' makers drop."""
+    def decode(self, latents: Latents) -> np.ndarray:
+        """Normalised latents -> frames in [0, 1] on the host, without those that the weights' makers drop."""
         drop = self.components.sampling.dropped_frames if latents.shape[1] > 1 else 0
-        return self._decode("decode", latents)[:, drop:]
+        return sharding.to_host(self._decode("decode", latents))[:, drop:]
 
     def _nothing_known(self, batch: int, options: SamplingOptions) -> tuple[Latents, LatentMask]:
         shape = (batch, *self._latent_shape(options))
-        return jnp.zeros((*shape, self.components.vae.network.config.latent_channels)), jnp.zeros((*shape, 1))
+        channels = self.components.vae.network.config.latent_channels
+        return np.zeros((*shape, channels), np.float32), np.zeros((*shape, 1), np.float32)
 
     def _latent_shape(self, options: SamplingOptions) -> tuple[int, int, int]:
         vae = self.components.vae.network.config
@@ -191,7 +206,7 @@ class Engine:
         return frames, options.height // vae.spatial_factor, options.width // vae.spatial_factor
 
     def _stage(self, function: Callable[..., Any], model: Model) -> Stage:
-        return Stage(functools.partial(function, model.network), model.params, self.seconds)
+        return Stage(functools.partial(function, model.network), model.params, self.seconds, self.components.mesh)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from magic141_jax.pipelines.engine import Prompts
 from magic141_jax.pipelines.media import ImageLike, fit_image, read_image
 from magic141_jax.pipelines.options import FORMATTERS, PipelineOutput, SamplingOptions, as_prompts, resolve
 from magic141_jax.pipelines.text_to_image import Pipeline
+from magic141_jax.sharding import to_host
 
 FIRST_WINDOW = 1  # the purpose of its noise
 
@@ -56,10 +57,10 @@ class ImageToVideoPipeline(Pipeline):
         cond, negative = self.engine.condition(prompts, options, images=images)
         latents = self.engine.denoise(cond, negative, options, purpose=FIRST_WINDOW)
         if options.output_type == "latent":
-            return PipelineOutput(latents=np.asarray(latents))
+            return PipelineOutput(latents=to_host(latents))
         format_frames = FORMATTERS[options.output_type]
-        frames = np.asarray(self.engine.decode(latents))
-        return PipelineOutput(format_frames(images), format_frames(frames), np.asarray(latents))
+        frames = self.engine.decode(latents)
+        return PipelineOutput(format_frames(images), format_frames(frames), to_host(latents))
 
 
 def as_pictures(image: ImageLike | Sequence[ImageLike], count: int) -> list[np.ndarray]:

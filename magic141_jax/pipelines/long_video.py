@@ -139,8 +139,8 @@ def _windows(
         frames = engine.decode(latents)
         if options.match_colors:
             reference = frames if reference is None else reference
-            frames = match_colors(frames, reference, options.match_colors)
-        new = np.asarray(frames[0, seen_before if window else 0 :])[: total - emitted]
+            frames = np.asarray(match_colors(frames, reference, options.match_colors))
+        new = frames[0, seen_before if window else 0 :][: total - emitted]
         emitted += len(new)
         yield new
         if emitted < total:

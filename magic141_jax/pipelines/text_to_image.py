@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from magic141_jax.pipelines.components import DEFAULT, Components, enable_compilation_cache, load_components
 from magic141_jax.pipelines.engine import IMAGE_PURPOSE, Engine, Prompts
 from magic141_jax.pipelines.options import FORMATTERS, PipelineOutput, SamplingOptions, as_prompts, resolve
+from magic141_jax.sharding import to_host
 
 
 class Pipeline:
@@ -62,6 +61,6 @@ class TextToImagePipeline(Pipeline):
         cond, negative = self.engine.condition(prompts, options)
         latents = self.engine.denoise(cond, negative, options, purpose=IMAGE_PURPOSE)
         if options.output_type == "latent":
-            return PipelineOutput(latents=np.asarray(latents))
-        images = np.asarray(self.engine.decode(latents))[:, 0]
-        return PipelineOutput(images=FORMATTERS[options.output_type](images), latents=np.asarray(latents))
+            return PipelineOutput(latents=to_host(latents))
+        images = self.engine.decode(latents)[:, 0]
+        return PipelineOutput(images=FORMATTERS[options.output_type](images), latents=to_host(latents))

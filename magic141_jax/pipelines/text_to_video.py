@@ -19,6 +19,7 @@ from magic141_jax.pipelines.engine import Engine, Prompts
 from magic141_jax.pipelines.image_to_video import FIRST_WINDOW, ImageToVideoPipeline
 from magic141_jax.pipelines.options import FORMATTERS, PipelineOutput, SamplingOptions, as_prompts, resolve
 from magic141_jax.pipelines.text_to_image import Pipeline, TextToImagePipeline
+from magic141_jax.sharding import to_host
 
 SHARED = ("height", "width", "negative_prompt", "seed")  # options that hold for another network's image as well
 
@@ -98,7 +99,7 @@ class TextToVideoPipeline(Pipeline):
         cond, negative = self.engine.condition(self.engine.encode_text(prompts, options), options)
         latents = self.engine.denoise(cond, negative, options, purpose=FIRST_WINDOW)
         if options.output_type == "latent":
-            return PipelineOutput(latents=np.asarray(latents))
-        frames = np.asarray(self.engine.decode(latents))
+            return PipelineOutput(latents=to_host(latents))
+        frames = self.engine.decode(latents)
         form = FORMATTERS[options.output_type]
-        return PipelineOutput(form(frames[:, 0]), form(frames), np.asarray(latents))
+        return PipelineOutput(form(frames[:, 0]), form(frames), to_host(latents))

@@ -91,11 +91,11 @@ def test_group_norm_is_flax_group_norm():
 
 
 def test_attention_is_masked_attention():
-    q, k, v = (normal(2, 3, 4, 5, seed=n) for n in range(3))
-    flat = [a.reshape(2, 12, 1, 5) for a in (q, k, v)]
-    frame = np.arange(12) // 4
+    q, k, v = (normal(2, 3, 2, 4, 5, seed=n) for n in range(3))
+    flat = [a.reshape(2, 24, 1, 5) for a in (q, k, v)]
+    frame = np.arange(24) // 8
     mask = (frame[:, None] >= frame[None, :])[None, None]
-    wanted = jax.nn.dot_product_attention(*flat, mask=mask).reshape(2, 3, 4, 5)
+    wanted = jax.nn.dot_product_attention(*flat, mask=mask).reshape(q.shape)
     np.testing.assert_allclose(frame_causal_attention(q, k, v), wanted, atol=1e-5)
 
 

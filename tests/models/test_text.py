@@ -75,6 +75,17 @@ def test_length_of_padding_does_not_matter(encoder, params):
     assert not b.mask[:, 10:].any()
 
 
+def test_a_mesh_does_not_change_the_states(folder):
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    prompts = ["a shark moves left", "a bee", "yellow"]
+    encoder = MiniLMTextEncoder.from_folder(folder, mesh=mesh)
+    kernel = encoder.params["encoder"]["layers"]["q"]["kernel"]
+    assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    out = encoder.encode(prompts)
+    assert out.states.shape == (3, CONFIG.length, CONFIG.width)
+    close(out, MiniLMTextEncoder.from_folder(folder).encode(prompts))
+
+
 def test_batch_composition_does_not_matter(encoder):
     prompts = ["a shark moves left", "a bee moves right on yellow", "yellow"] * 30
     assert len(prompts) > MAX_BATCH

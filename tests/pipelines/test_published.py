@@ -210,7 +210,10 @@ def test_the_command_line_animates_a_picture_with_published_weights(repositories
     photo, out = tmp_path / "photo.png", tmp_path / "out.mp4"
     picture().save(photo)
     flags = ["--prompt", PROMPTS[0], "--image", str(photo), "--size", "48x32", "--num_frames", "9", "--steps", "2"]
-    assert sample.main([*flags, "--weights", str(repositories("concat")[0]), "--fsdp", "2", "--output", str(out)]) == 0
+    assert (
+        sample.main([*flags, "--weights", str(repositories("concat")[0]), "--mesh", "fsdp=2", "--output", str(out)])
+        == 0
+    )
     about = json.loads(out.with_suffix(".json").read_text())
     assert (about["frames"], about["upscale"]) == (5, 5)
     with av.open(str(out)) as video:
