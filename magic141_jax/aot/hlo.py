@@ -23,7 +23,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 # bits of an element type's name that its digits don't tell
@@ -112,20 +112,23 @@ def collectives(text: str | Program) -> dict[str, dict[str, int]]:
       text: of an optimised program, `compiled.as_text()`, or the program that was parsed from it.
     """
     program = parse(text) if isinstance(text, str) else text
-    found: dict[str, Counter[str]] = {}
-    seen, outside = set(), {id(scope) for scope, _, _ in _run(program, program.entry)}
-    for scope, instruction, times in _run(program, program.entry, fused=True):
-        kind, channel = instruction.opcode.removesuffix("-start"), _CHANNEL.search(instruction.rest)
-        if kind not in KINDS:
-            continue
-        # One that runs beside others is written into each of the fusions that it overlaps with, under one channel.
-        beside = channel and id(scope) not in outside and (channel[1], times)
-        if not beside or beside not in seen:
-            seen.add(beside)
-            size = times * _result_bytes(instruction.shape, kind != instruction.opcode)
-            received = round(size * RECEIVED[kind](_group(instruction.rest, program.devices)))
-            found.setdefault(kind, Counter()).update({"count": times, "bytes": size, "received": received})
-    return {kind: dict(found[kind]) for kind in KINDS if kind in found}
+    outside = {id(scope) for scope, _, _ in _run(program, program.entry)}
+    found: dict[Any, tuple[int, Instruction]] = {}
+    for scope, each, times in _run(program, program.entry, fused=True):
+        channel = _CHANNEL.search(each.rest)
+        if each.opcode.removesuffix("-start") in KINDS:
+            # One that runs beside others is written into each fusion that it overlaps with, also inside of loops that
+            # turn meanwhile. Those have one channel, and the fewest times are its own.
+            beside = channel and id(scope) not in outside
+            key = (each.opcode, channel[1]) if beside else len(found)
+            found[key] = min(found.get(key, (times, each)), (times, each), key=lambda one: one[0])
+    sums: dict[str, Counter[str]] = {}
+    for times, each in found.values():
+        kind = each.opcode.removesuffix("-start")
+        size = times * _result_bytes(each.shape, kind != each.opcode)
+        received = round(size * RECEIVED[kind](_group(each.rest, program.devices)))
+        sums.setdefault(kind, Counter()).update({"count": times, "bytes": size, "received": received})
+    return {kind: dict(sums[kind]) for kind in KINDS if kind in sums}
 
 
 def touched(program: Program) -> int:

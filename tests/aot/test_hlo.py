@@ -68,11 +68,14 @@ def test_a_program_without_any():
 
 
 def test_one_that_overlaps_with_several_fusions_counts_once():
+    """Also where one of these is in a loop that turns meanwhile."""
     part = "%part.{0} (p: f32[4]) -> f32[8] {{\n  ROOT %g.{0} = f32[8]{{0}} all-gather(%p), channel_id={1}\n}}\n"
     fusion = "  %f.{0} = f32[8]{{0}} fusion(%x), kind=kCustom, calls=%part.{0}\n"
-    parts = [(0, 5), (1, 5), (2, 6)]
-    entry = "".join(fusion.format(*each) for each in parts)
-    text = "".join(part.format(*each) for each in parts) + f"ENTRY %main (x: f32[4]) -> f32[8] {{\n{entry}}}\n"
+    parts = [(0, 5), (1, 5), (2, 6), (3, 5)]
+    *first, last = (fusion.format(*each) for each in parts)
+    loop = '  %w = f32[8] while(%x), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"9"}}\n'
+    text = "".join(part.format(*each) for each in parts) + f"%body (x: f32[4]) -> f32[8] {{\n{last}}}\n"
+    text += f"ENTRY %main (x: f32[4]) -> f32[8] {{\n{loop}{''.join(first)}}}\n"
     assert collectives(text)["all-gather"]["count"] == 2
 
 
