@@ -21,10 +21,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jax
 from tqdm import tqdm
 
 import magic141_jax
+from magic141_jax import processes
 from magic141_jax.errors import UserError, nearest, run_entry_point
 from magic141_jax.pipelines import media
 from magic141_jax.pipelines.components import DEFAULT
@@ -54,6 +54,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv`; raises `UserError` for what the user can mend."""
     args = parse(argv)
+    processes.start()
     with one_line_warnings():
         image = None if args.image is None else media.read_image(args.image)
         mesh = None if args.mesh is None else make_mesh(args.mesh)
@@ -76,20 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         frames = 1 if args.output.suffix.lower() == ".png" else frames
         media.check_output(args.output, frames)
         start = time.perf_counter()
-        with tqdm(total=frames * args.num_videos, unit="frame", disable=None if writes() else True) as bar:
+        with tqdm(total=frames * args.num_videos, unit="frame", disable=None if processes.leads() else True) as bar:
             for i, path in enumerate(output_paths(args.output, args.num_videos)):
                 seed = options["seed"] + i
                 about = describe(args, pipeline, {**options, "seed": seed}, frames)
                 make_video(args, pipeline, {**options, "seed": seed}, image=image, path=path, about=about, bar=bar)
-    if writes():
+    if processes.leads():
         seconds = frames / fps * args.num_videos
         print(timing_line(pipeline.engine.seconds, time.perf_counter() - start, seconds))
     return 0
-
-
-def writes() -> bool:
-    """Whether this process writes files and the last line; of several, which all compute, the first one does."""
-    return jax.process_index() == 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -204,7 +200,7 @@ def make_video(
     bar.set_description("image")
     stream = stream_video(pipeline, args.prompt, total_frames=about["frames"], image=image, **options)
     bar.set_description("video")
-    if not writes():
+    if not processes.leads():
         for _ in stream:
             pass
         return
