@@ -33,7 +33,8 @@ def seconds(
     at_peak = operations / len(topology.devices) / topology.chip.rate
     if touched is None or received is None:
         return {"operations": at_peak}
-    waits = {"hbm": touched / topology.chip.bandwidth, "interconnect": received / topology.interconnect}
+    exchange = received / topology.interconnect if received else 0.0  # a single chip has no links
+    waits = {"hbm": touched / topology.chip.bandwidth, "interconnect": exchange}
     return {
         "operations": at_peak,
         **waits,

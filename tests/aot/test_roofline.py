@@ -30,3 +30,8 @@ def test_a_program_waits_for_the_slowest():
 
 def test_without_a_compiled_program_only_operations_are_known():
     assert times(operations=1600.0) == {"operations": 4.0}
+
+
+def test_a_single_chip_exchanges_nothing():
+    made = topology.Topology("a", CHIP, jax.devices()[:1], compiles=True, interconnect=0.0)
+    assert roofline.seconds(made, operations=100.0, touched=20, received=0)["sum"] == 3.0
