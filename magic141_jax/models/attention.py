@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,8 +145,8 @@ def _exchanged(
         q, k, v = (swap(x, split_axis=2, concat_axis=1) for x in (q, k, v))
         mask = jax.lax.all_gather(mask, "context", axis=1, axis_index_groups=groups, tiled=True)
     if group < context:
-        shift = [(i, (i + group) % context) for i in range(context)]
-        out = _ring(q, k, v, mask, "splash" if backend == "splash" else "chunked", shift, context // group)
+        shift = tuple((i, (i + group) % context) for i in range(context))
+        out = _ring(q, k, v, mask, Ring("splash" if backend == "splash" else "chunked", shift, context // group))
     else:
         if pattern is not None:  # which is told in the order of one device
             q, k, v, mask = (jnp.concatenate(part(x, pattern.text, group), axis=1) for x in (q, k, v, mask))
@@ -240,12 +240,12 @@ def _cudnn(q: Array, k: Array, v: Array, mask: Array, pattern: Pattern | None) -
 def _splash(q: Array, k: Array, v: Array, mask: Array, pattern: Pattern | None) -> Array:
     if mask.shape[1] > 1:
         raise UserError('attention "splash" takes a mask of keys alone; use "chunked" with causal masks')
-    kernel, inputs = _splash_call(q, k, v, mask[:, 0], pattern)
+    kernel, inputs = _splash_call(q, k, v, mask[:, 0], pattern=pattern)
     return jax.vmap(kernel)(*inputs).swapaxes(1, 2)[:, : q.shape[1]]
 
 
 def _splash_call(
-    q: Array, k: Array, v: Array, mask: Array, pattern: Pattern | None = None, *, residuals: bool = False
+    q: Array, k: Array, v: Array, mask: Array, *, pattern: Pattern | None = None, residuals: bool = False
 ) -> tuple[Any, tuple]:
     """The kernel for these shapes, and its inputs: (b, n, i, k) filled up to whole blocks, and which keys count."""
     heads, sizes = q.shape[2], [q.shape[1], k.shape[1]]
@@ -313,8 +313,15 @@ KERNELS = ("cudnn", "splash")  # opaque to the partitioner
 
 
 # The ring. A part is the work of one kernel on the keys that are there: forward (q, k, v, mask) -> o (b, i, n, k) and
-# lse (b, i, n), both float32;
-# backward (q, k, v, mask, o, lse, do) -> dq, dk, dv, where o and lse are those of all keys.
+# lse (b, i, n), both float32; backward ((q, k, v, mask), o, lse, do) -> dq, dk, dv, o and lse being those of all keys.
+
+
+class Ring(NamedTuple):
+    """The kernel of its parts, one move as pairs (from, to) along "context", and how many parts there are."""
+
+    kernel: str
+    shift: tuple[tuple[int, int], ...]
+    steps: int
 
 
 def _forward_chunked(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
@@ -327,10 +334,9 @@ def _forward_chunked(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, 
     return _by_chunks(one, min(_chunk_size(q, k), q.shape[1]), q)
 
 
-def _backward_chunked(
-    q: Array, k: Array, v: Array, mask: Array, out: Array, lse: Array, dout: Array
-) -> tuple[Array, Array, Array]:
+def _backward_chunked(inputs: tuple[Array, ...], out: Array, lse: Array, dout: Array) -> tuple[Array, Array, Array]:
     """ds = p (do v^T - rowsum(do o)), p = exp(s - lse): flash attention's backward pass (arXiv 2205.14135)."""
+    q, k, v, mask = inputs
     size, scale = min(_chunk_size(q, k), q.shape[1]), q.shape[-1] ** -0.5
     count = -(-q.shape[1] // size)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -360,43 +366,39 @@ def _forward_splash(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, A
     return jnp.where(some[..., None], out, 0), jnp.where(some, lse, MASKED)
 
 
-def _backward_splash(
-    q: Array, k: Array, v: Array, mask: Array, out: Array, lse: Array, dout: Array
-) -> tuple[Array, Array, Array]:
+def _backward_splash(inputs: tuple[Array, ...], out: Array, lse: Array, dout: Array) -> tuple[Array, Array, Array]:
     """The kernel's own backward pass, told the output and lse of all keys; jax has no public name for it."""
-    kernel, inputs = _splash_call(q, k, v, mask)
-    given, filled = kernel.kwargs, inputs[0].shape[2]
+    q, k, v, _ = inputs
+    kernel, filled = _splash_call(*inputs)
+    options = ("save_residuals", "mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name", "mask_function")
+    given = [kernel.kwargs[name] for name in (*options, "attn_logits_soft_cap", "interpret")]
 
-    def one(q: Array, k: Array, v: Array, segments: Any, out: Array, lse: Array, dout: Array) -> tuple:
-        saved = (q, k, v, segments, None, out, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
-        options = [given[name] for name in ("save_residuals", "mask_value", "is_mqa", "block_sizes")]
-        options += [given[name] for name in ("residual_checkpoint_name", "mask_function", "attn_logits_soft_cap")]
-        return splash._splash_attention_bwd(*options, given["interpret"], saved, dout)[3:6]
+    def one(inputs: tuple[Any, ...], out: Array, lse: Array, dout: Array) -> tuple:
+        saved = (*inputs, None, out, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
+        return splash._splash_attention_bwd(*given, saved, dout)[3:6]
 
     rows = [
-        jnp.pad(x, ((0, 0), (0, filled - x.shape[1]), *((0, 0),) * (x.ndim - 2))).swapaxes(1, 2)
+        jnp.pad(x, ((0, 0), (0, filled[0].shape[2] - x.shape[1]), *((0, 0),) * (x.ndim - 2))).swapaxes(1, 2)
         for x in (out, lse, dout.astype(q.dtype))
     ]
-    dq, dk, dv = (x.swapaxes(1, 2).astype(jnp.float32) for x in jax.vmap(one)(*inputs, *rows))
+    dq, dk, dv = (x.swapaxes(1, 2).astype(jnp.float32) for x in jax.vmap(one)(filled, *rows))
     return dq[:, : q.shape[1]] * (q.shape[-1] ** -0.5), dk[:, : k.shape[1]], dv[:, : v.shape[1]]
 
 
 PARTS = {"chunked": (_forward_chunked, _backward_chunked), "splash": (_forward_splash, _backward_splash)}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _ring(q: Array, k: Array, v: Array, mask: Array, kernel: str, shift: list[tuple[int, int]], steps: int) -> Array:
-    """Attention to the keys of all devices of a ring, `shift` being one move of it: (b, i, n, k) in q's dtype."""
-    return _ring_forward(q, k, v, mask, kernel, shift, steps)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _ring(q: Array, k: Array, v: Array, mask: Array, ring: Ring) -> Array:
+    """Attention to the keys of all devices of a ring: (b, i, n, k) in q's dtype."""
+    return _ring_forward(q, k, v, mask, ring)[0]
 
 
-def _ring_forward(
-    q: Array, k: Array, v: Array, mask: Array, kernel: str, shift: list[tuple[int, int]], steps: int
-) -> tuple[Array, tuple]:
-    moved, forward = (k, v, mask), PARTS[kernel][0]
+def _ring_forward(q: Array, k: Array, v: Array, mask: Array, ring: Ring) -> tuple[Array, tuple]:
+    moved, forward = (k, v, mask), PARTS[ring.kernel][0]
     out, lse = forward(q, *moved)
-    for _ in range(steps - 1):
-        moved = jax.lax.ppermute(moved, "context", shift)
+    for _ in range(ring.steps - 1):
+        moved = jax.lax.ppermute(moved, "context", ring.shift)
         new, new_lse = forward(q, *moved)
         total = jnp.logaddexp(lse, new_lse)
         out = jnp.exp(lse - total)[..., None] * out + jnp.exp(new_lse - total)[..., None] * new
@@ -404,17 +406,17 @@ def _ring_forward(
     return out.astype(q.dtype), (q, k, v, mask, out, lse)
 
 
-def _ring_backward(kernel: str, shift: list[tuple[int, int]], steps: int, saved: tuple, dout: Array) -> tuple:
+def _ring_backward(ring: Ring, saved: tuple, dout: Array) -> tuple:
     """Keys and values go round once more, and their gradients with them, which so come home."""
     q, k, v, mask, out, lse = saved
     dq, moved = jnp.zeros(q.shape, jnp.float32), (k, v, mask)
     grads = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-    for step in range(steps):
+    for step in range(ring.steps):
         if step:
-            moved = jax.lax.ppermute(moved, "context", shift)
-        own, *new = PARTS[kernel][1](q, *moved, out, lse, dout)
+            moved = jax.lax.ppermute(moved, "context", ring.shift)
+        own, *new = PARTS[ring.kernel][1]((q, *moved), out, lse, dout)
         dq += own
-        grads = jax.lax.ppermute(tuple(a + b for a, b in zip(grads, new)), "context", shift)
+        grads = jax.lax.ppermute(tuple(a + b for a, b in zip(grads, new)), "context", ring.shift)
     return dq.astype(q.dtype), grads[0].astype(k.dtype), grads[1].astype(v.dtype), None
 
 

@@ -63,6 +63,7 @@ class Stage:
         function: Callable[..., Any],
         params: Params,
         seconds: collections.Counter[str],
+        *,
         mesh: jax.sharding.Mesh | None = None,
     ) -> None:
         self._function, self._params, self._seconds = sharding.over(mesh, function), params, seconds
@@ -206,7 +207,7 @@ class Engine:
         return frames, options.height // vae.spatial_factor, options.width // vae.spatial_factor
 
     def _stage(self, function: Callable[..., Any], model: Model) -> Stage:
-        return Stage(functools.partial(function, model.network), model.params, self.seconds, self.components.mesh)
+        return Stage(functools.partial(function, model.network), model.params, self.seconds, mesh=self.components.mesh)
 
 
 @contextlib.contextmanager

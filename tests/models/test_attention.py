@@ -243,7 +243,7 @@ def test_the_splash_kernel_skips_tiles_that_are_not_seen():
     """Blocks are tiles where these are whole vectors: what the kernel visits is what is seen, and no more."""
     layout = sequence.make((2, 16, 16), 8, tile=(1, 16, 8), window=(1, 1, 1))
     q = jnp.zeros((1, len(layout.order) + 8, 1, 64))
-    kernel, _ = attention._splash_call(q, q, q, jnp.ones(q.shape[:2], bool), layout.pattern)
+    kernel, _ = attention._splash_call(q, q, q, jnp.ones(q.shape[:2], bool), pattern=layout.pattern)
     assert kernel.kwargs["block_sizes"].block_q == 128
     visited = np.asarray(kernel.fwd_mask_info.block_mask)[0]
     # A row of four tiles visits its own and the text; that of the text visits all.
