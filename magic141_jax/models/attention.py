@@ -276,11 +276,11 @@ def _splash_call(
 
 
 def _block(sizes: list[int], pattern: Pattern | None) -> int:
-    """The kernel's block: a tile where a pattern has tiles of whole vectors, so that it skips what isn't seen."""
+    """The kernel's block: within a tile where a pattern has tiles of whole vectors, so that it skips what isn't seen."""
     if pattern is not None:
         tile = int(np.argmax(pattern.group != pattern.group[0]))
-        if tile % LANES == 0 and tile:
-            return tile
+        if tile and tile % LANES == 0:
+            return max(size for size in range(LANES, BLOCK + 1, LANES) if tile % size == 0)
     return min(BLOCK, -(-min(sizes) // LANES) * LANES)
 
 
