@@ -287,7 +287,7 @@ def keep_split(x: jax.Array, *, tokens: bool = False) -> jax.Array:
 def split_space(x: jax.Array, *, rows: int = 2, columns: int = 3) -> jax.Array:
     """Holds pictures, with the axes `rows` and `columns`, split over the batch and over space; see `space_spec`.
 
-    The compiler then fetches the neighbours' rows for a convolution, and adds up a norm's sums over the devices.
+    The compiler then adds up a norm's sums over the devices; for convolutions see `models.halo`.
     """
     spec = space_spec(x.shape, rows=rows, columns=columns)
     return jax.lax.with_sharding_constraint(x, spec) if any(spec) else x

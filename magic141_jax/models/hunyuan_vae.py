@@ -168,14 +168,17 @@ _CONV_FORMS = {"taps": _taps, "volume": _volume}
 
 def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int) -> jax.Array:
     """Normalises (b, f, h, w, c) over f, h, w and the channels of each group; float32 inside."""
-    *outer, c = x.shape
-    # Rows and columns stay axes of their own: a merged one could not stay split over a mesh.
-    grouped = x.astype(jnp.float32).reshape(*outer, groups, c // groups)
-    over = (*range(1, x.ndim - 1), x.ndim)
-    mean = grouped.mean(over, keepdims=True)
-    variance = jnp.square(grouped - mean).mean(over, keepdims=True)
-    normed = ((grouped - mean) * jax.lax.rsqrt(variance + EPSILON)).reshape(x.shape)
-    shape = (1,) * (x.ndim - 1) + (c,)
+    # Frames, rows and columns stay axes of their own: a merged one could not stay split over a mesh.
+    inner, shape = tuple(range(1, x.ndim - 1)), (1,) * (x.ndim - 1) + (-1,)
+
+    def mean_of(values: jax.Array) -> jax.Array:
+        by_channel = values.mean(inner, keepdims=True)
+        by_group = by_channel.reshape(*by_channel.shape[:-1], groups, -1).mean(-1)
+        return jnp.repeat(by_group, x.shape[-1] // groups, axis=-1)
+
+    centred = x.astype(jnp.float32)
+    centred -= mean_of(centred)
+    normed = centred * jax.lax.rsqrt(mean_of(jnp.square(centred)) + EPSILON)
     return (normed * scale.reshape(shape) + bias.reshape(shape)).astype(x.dtype)
 
 
