@@ -276,7 +276,7 @@ def _splash_call(
 
 
 def _block(sizes: list[int], pattern: Pattern | None) -> int:
-    """The kernel's block: within a tile where a pattern has tiles of whole vectors, so that it skips what isn't seen."""
+    """The kernel's block, within a tile where a pattern has tiles of whole vectors: so it skips what isn't seen."""
     if pattern is not None:
         tile = int(np.argmax(pattern.group != pattern.group[0]))
         if tile and tile % LANES == 0:
