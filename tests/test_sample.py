@@ -92,7 +92,7 @@ def test_a_mesh_makes_the_same_picture(run, quick_compilation):
 
 
 def test_of_several_processes_the_first_one_writes(run, sample, monkeypatch, capsys):
-    monkeypatch.setattr(sample.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(sample.processes, "leads", lambda: False)
     assert names(run("--duration", "1")) == []
     assert capsys.readouterr().out == ""
 

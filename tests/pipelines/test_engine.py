@@ -40,7 +40,7 @@ def test_over_a_mesh_arrays_of_the_host_and_of_other_stages_meet_the_same_progra
         traced.append(x.shape)
         return jax.lax.with_sharding_constraint(2 * x, jax.P(None, "context"))
 
-    stage = Stage(doubled, {}, collections.Counter(), mesh)
+    stage = Stage(doubled, {}, collections.Counter(), mesh=mesh)
     once = stage("work", np.ones((2, 8), np.float32))
     np.testing.assert_array_equal(stage("work", once), 4)
     assert once.sharding.spec == jax.P(None, "context") and traced == [(2, 8)]
