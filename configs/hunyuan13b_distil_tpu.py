@@ -9,7 +9,8 @@ Command: python train.py --config=configs/hunyuan13b_distil_tpu.py --workdir=run
   --config.teacher=hunyuanvideo-community/HunyuanVideo-I2V-33ch (one line, on every host)
 Hardware: never run; by the compiler it fits 8 chips of v5p (docs/layouts.md). Before you rent anything:
   python -m magic141_jax.aot --config=configs/hunyuan13b_distil_tpu.py --topology=v5p:2x2x2
-  On 16 chips add --config.train.accumulate=4. Eight v6e (32 GiB each) are too small even for 33 frames.
+  On 16 chips add --config.train.accumulate=4. Eight v6e or v5e hold it with a clip over all of them: add
+  --config.mesh.fsdp=1 --config.mesh.context=8 --config.train.accumulate=64.
 Expected: a student that samples in four Euler steps on [1, .9375, .8333, .625, 0] without guidance; 1,000 steps are 200
   updates of it. No numbers yet.
 The other published layout replaces tokens instead and is guided by an embedding: add --config.model.in_channels=16

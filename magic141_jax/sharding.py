@@ -135,13 +135,18 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules = (), *, small: int = 2**16) -
 def table(tree: Any, mesh: Mesh, rules: Rules = (), *, small: int = 2**16) -> str:
     """What went where, one line a leaf (path, shape, spec, reason), and the memory per device in the last line."""
     placed = placements(tree, mesh, rules, small=small)
-    rows = [(p.path, "x".join(map(str, p.shape)) or "scalar", _spec_text(p.spec), p.reason) for p in placed]
+    rows = [(p.path, "x".join(map(str, p.shape)) or "scalar", f"({spec_text(p.spec)})", p.reason) for p in placed]
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
     lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]) for row in rows]
     whole = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
     local = bytes_per_device(tree, shardings(tree, mesh, rules, small=small))
     shape = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     return "\n".join([*lines, f"mesh {shape}: {whole / 2**20:.1f} MiB in all, {local / 2**20:.1f} MiB on a device"])
+
+
+def spec_text(spec: PartitionSpec) -> str:
+    """The mesh axes of each dimension, such as "fsdp x context, -"."""
+    return ", ".join("-" if axes is None else " x ".join(np.atleast_1d(axes)) for axes in spec)
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:
@@ -155,9 +160,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over data x fsdp, for arrays of any rank from 1."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+def batch_sharding(mesh: Mesh, size: int | None = None) -> NamedSharding:
+    """The leading axis split over data x fsdp, for arrays of any rank from 1; copied if its `size` does not divide."""
+    splits = size is None or size % _shards(mesh.shape) == 0
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES)) if splits else replicated(mesh)
 
 
 def require_split(batch_size: int, mesh: Mesh) -> None:
@@ -202,11 +208,9 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
 def spread(tree: Any, mesh: Mesh) -> Any:
     """Arrays that every process has whole as global ones, split on the leading axis if it divides, else copied."""
-    shards = _shards(mesh.shape)
 
     def split(leaf: Any) -> NamedSharding:
-        splits = np.ndim(leaf) and np.shape(leaf)[0] % shards == 0
-        return batch_sharding(mesh) if splits else replicated(mesh)
+        return batch_sharding(mesh, np.shape(leaf)[0]) if np.ndim(leaf) else replicated(mesh)
 
     return place(tree, jax.tree.map(split, tree))
 
@@ -274,9 +278,8 @@ def keep_split(x: jax.Array, *, tokens: bool = False) -> jax.Array:
     the compiler may find it cheaper to gather a layer's batch than its weights, and then holds activations of the whole
     batch on every device. Without a mesh (see `over`), or where an axis doesn't divide, that axis is left alone.
     """
-    shape = jax.sharding.get_abstract_mesh().shape
-    wanted = ((BATCH_AXES, _shards(shape)), ("context", shape.get("context", 1) if tokens else 1))
-    held = [axes if ways > 1 and size % ways == 0 else None for (axes, ways), size in zip(wanted, x.shape)]
+    split = tokens and ways("context") > 1 and x.shape[1] % ways("context") == 0
+    held = [batch_axes(x.shape[0]), *["context"] * split]
     if not any(held):
         return x
     free = PartitionSpec.UNCONSTRAINED
@@ -295,9 +298,8 @@ def split_space(x: jax.Array, *, rows: int = 2, columns: int = 3) -> jax.Array:
 
 def keep_whole(x: jax.Array) -> jax.Array:
     """Holds all of an array but the batch whole on every device, where there is a mesh (see `over`)."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    batch = BATCH_AXES if x.shape[0] % _shards(sizes) == 0 else None
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch)) if sizes else x
+    there = jax.sharding.get_abstract_mesh().shape
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch_axes(x.shape[0]))) if there else x
 
 
 def space_spec(shape: Sequence[int], *, rows: int = 2, columns: int = 3) -> PartitionSpec:
@@ -311,14 +313,12 @@ def space_spec(shape: Sequence[int], *, rows: int = 2, columns: int = 3) -> Part
       shape: of the pictures, batch first.
       rows, columns: which axes of it these are.
     """
-    sizes = jax.sharding.get_abstract_mesh().shape
-    shards = _shards(sizes)
-    batch = shards > 1 and shape[0] % shards == 0
+    batch = batch_axes(shape[0])
     found: dict[int, list[str]] = {columns: [], rows: []}
     left = {side: shape[side] for side in found}
     twos = {side: (size & -size).bit_length() for side, size in left.items()}
     for axis in SPACE_AXES:
-        count = sizes.get(axis, 1)
+        count = ways(axis)
         if count > 1 and not (batch and axis in BATCH_AXES):
             side = max(found, key=twos.__getitem__)
             twos[side] -= count.bit_length() - 1
@@ -327,7 +327,7 @@ def space_spec(shape: Sequence[int], *, rows: int = 2, columns: int = 3) -> Part
                 left[side] //= count
     # In the mesh's order, which is the one that `ppermute` counts by, whatever order it is told.
     held = {side: tuple(sorted(axes, key=AXES.index)) or None for side, axes in found.items()}
-    held[0] = BATCH_AXES if batch else None
+    held[0] = batch
     return PartitionSpec(*map(held.get, range(len(shape))))
 
 
@@ -349,6 +349,11 @@ def local_batch(size: int) -> int:
     """How many samples of a batch lie on one device of the mesh (see `over`); all of them if they don't divide."""
     shards = _shards(jax.sharding.get_abstract_mesh().shape)
     return size if size % shards else size // shards
+
+
+def batch_axes(size: int) -> tuple[str, ...] | None:
+    """The mesh axes that a batch of that size is split over (see `over`); None where it isn't."""
+    return BATCH_AXES if local_batch(size) < size else None
 
 
 def over(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -393,9 +398,9 @@ def _by_rule(
 
 def _by_size(shape: tuple[int, ...], mesh: Mesh, small: int) -> tuple[PartitionSpec, str]:
     """The fallback: the largest dimension that the fsdp axis divides, the first among equals."""
-    fsdp = mesh.shape["fsdp"]
-    if fsdp * mesh.shape["context"] == 1 or math.prod(shape) < small:
-        return PartitionSpec(), "copied: small" if mesh.size > 1 else "copied: fsdp=1"
+    fsdp, alone = mesh.shape["fsdp"], mesh.shape["fsdp"] * mesh.shape["context"] == 1
+    if alone or math.prod(shape) < small:
+        return PartitionSpec(), "copied: fsdp=1" if alone else "copied: small"
     found = [_dividing("fsdp", size, mesh) for size in shape]
     if not any(found):
         return PartitionSpec(), f"copied: no dimension divides by fsdp={fsdp}"
@@ -411,7 +416,3 @@ def _dividing(axis: str | None, size: int, mesh: Mesh) -> str | tuple[str, ...] 
         if size % mesh.shape["context"] == 0:
             return "context"
     return axis if axis and size % mesh.shape[axis] == 0 else None
-
-
-def _spec_text(spec: PartitionSpec) -> str:
-    return "(" + ", ".join("-" if axis is None else str(axis) for axis in spec) + ")"

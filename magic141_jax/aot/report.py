@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from magic141_jax import sharding
 from magic141_jax.aot import verdict
@@ -119,12 +118,11 @@ def shardings(held: Mapping[str, Any]) -> str:
     rows = []
     for name, tree in held.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            spec = leaf.sharding.spec
-            place = ", ".join("-" if axes is None else " x ".join(np.atleast_1d(axes)) for axes in spec) * any(spec)
+            place = sharding.spec_text(leaf.sharding.spec) if any(leaf.sharding.spec) else "copied"
             size = sharding.bytes_per_device(leaf, leaf.sharding) / 2**20
             shape = "x".join(map(str, leaf.shape)) or "scalar"
             array = jax.tree_util.keystr(path, simple=True, separator=".")
-            rows.append([name, array, shape, str(leaf.dtype), place or "copied", f"{size:.4g}"])
+            rows.append([name, array, shape, str(leaf.dtype), place, f"{size:.4g}"])
     return markdown(("what", "array", "shape", "dtype", "split over", "MiB a chip"), rows)
 
 

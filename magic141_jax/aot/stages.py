@@ -199,9 +199,8 @@ def _vae(config: ExperimentConfig) -> Network:
 
 def _array(call: Call, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     """An array of the batch, split over the devices if it divides, else on all of them (`sharding.spread`)."""
-    whole, split = sharding.replicated(call.mesh), sharding.batch_sharding(call.mesh)
-    divides = call.batch % (call.mesh.shape["data"] * call.mesh.shape["fsdp"]) == 0
-    return jax.ShapeDtypeStruct((call.batch, *shape), dtype, sharding=split if divides else whole)
+    where = sharding.batch_sharding(call.mesh, call.batch)
+    return jax.ShapeDtypeStruct((call.batch, *shape), dtype, sharding=where)
 
 
 def _stage(

@@ -35,13 +35,12 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from magic141_jax.errors import UserError
-from magic141_jax.models.sequence import Pattern, join, part
-from magic141_jax.sharding import BATCH_AXES, local_batch, platform, ways
+from magic141_jax.models.sequence import LANES, Pattern, fill_up, join, part
+from magic141_jax.sharding import BATCH_AXES, batch_axes, local_batch, platform, ways
 
 MAX_SCORES = 2**28  # of the chunked attention at a time, on one device: 1 GB in float32
 MASKED = -1e30  # finite, so a row of masked keys gives a mean instead of NaN
-LANES = 128  # the TPU's vectors: blocks of the splash kernel are multiples of it
-BLOCK = 1024  # its queries and keys at a time; 2048 or more no longer fit the scratch memory of a v6e core
+BLOCK = 1024  # queries and keys of the splash kernel at a time; 2048 don't fit the scratch memory of a v6e core
 SHORT = 1024  # sequences for which "auto" leaves the kernel alone
 
 
@@ -94,16 +93,16 @@ def joint_attention(
         )
     if context == 1 and (backend not in KERNELS or math.prod(map(ways, (*BATCH_AXES, "tensor"))) == 1):
         out = BACKENDS[backend](q, k, v, mask[:, None], pattern)
-        return out.reshape(*out.shape[:2], -1)
-    # A kernel is opaque to the partitioner, and so is an exchange: both are written for one device.
-    batch = BATCH_AXES if local_batch(q.shape[0]) < q.shape[0] else None
-    tokens = PartitionSpec(batch, "context", "tensor" if split_heads else None)
-    out = jax.shard_map(
-        functools.partial(_exchanged, backend=backend, group=group, context=context, pattern=pattern),
-        in_specs=(tokens, tokens, tokens, PartitionSpec(batch, "context")),
-        out_specs=tokens,
-        check_vma=False,
-    )(q, k, v, mask)
+    else:
+        # A kernel is opaque to the partitioner, and so is an exchange: both are written for one device.
+        batch = batch_axes(q.shape[0])
+        tokens = PartitionSpec(batch, "context", "tensor" if split_heads else None)
+        out = jax.shard_map(
+            functools.partial(_exchanged, backend=backend, group=group, context=context, pattern=pattern),
+            in_specs=(tokens, tokens, tokens, PartitionSpec(batch, "context")),
+            out_specs=tokens,
+            check_vma=False,
+        )(q, k, v, mask)
     return out.reshape(*out.shape[:2], -1)
 
 
@@ -161,10 +160,8 @@ def _exchanged(
 
 def _xla(q: Array, k: Array, v: Array, mask: Array, pattern: Pattern | None) -> Array:
     """Spelled out: on CPU this is faster than the fused call, and small sequences need no flash attention."""
-    if pattern is not None:
-        mask = mask & _sees(pattern, pattern.group)
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    weights = jax.nn.softmax(_scores(q, k, mask), axis=-1).astype(v.dtype)
+    weights = jax.nn.softmax(_scores(q, k, _seen(mask, pattern)), axis=-1).astype(v.dtype)
     return jnp.einsum("bnij,bjnx->binx", weights, v)
 
 
@@ -173,13 +170,16 @@ def _scores(q: Array, k: Array, mask: Array) -> Float[Array, "b n i j"]:
     return jnp.where(mask[:, None], scores, MASKED)
 
 
-def _sees(pattern: Pattern, queries: Array) -> Bool[Array, "1 i j"]:
-    return jnp.asarray(pattern.sees)[queries][:, pattern.group][None]
+def _seen(mask: Array, pattern: Pattern | None, queries: Array | None = None) -> Array:
+    """The mask and what a pattern leaves of it, for queries of the given groups; all of the sequence's unless given."""
+    if pattern is None:
+        return mask
+    sees = jnp.asarray(pattern.sees)[pattern.group if queries is None else queries]
+    return mask & sees[:, pattern.group][None]
 
 
 def _jax(q: Array, k: Array, v: Array, mask: Array, pattern: Pattern | None) -> Array:
-    mask = mask if pattern is None else mask & _sees(pattern, pattern.group)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+    return jax.nn.dot_product_attention(q, k, v, mask=_seen(mask, pattern)[:, None])
 
 
 def _chunked(q: Array, k: Array, v: Array, mask: Array, pattern: Pattern | None) -> Array:
@@ -194,15 +194,14 @@ def _chunked(q: Array, k: Array, v: Array, mask: Array, pattern: Pattern | None)
     # The backward pass makes a group's scores anew: those of all groups at once are what there is no room for.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(q: Array, mask: Array, group: Array | None = None) -> Array:
-        seen = mask if group is None else mask & _sees(pattern, group[0])
-        return _xla(q, k, v, seen, None)
+        return _xla(q, k, v, mask if group is None else _seen(mask, pattern, group[0]), None)
 
     return _by_chunks(one, size, *queries)
 
 
 def _chunk_size(q: Array, k: Array) -> int:
-    """How many queries make at most `MAX_SCORES` scores on one device."""
-    return max(1, MAX_SCORES // (local_batch(q.shape[0]) * q.shape[2] * k.shape[1]))
+    """How many queries make at most `MAX_SCORES` scores on one device; no more than there are."""
+    return min(max(1, MAX_SCORES // (local_batch(q.shape[0]) * q.shape[2] * k.shape[1])), q.shape[1])
 
 
 def _by_chunks(function: Callable[..., Any], size: int, *arrays: Array) -> Any:
@@ -211,17 +210,23 @@ def _by_chunks(function: Callable[..., Any], size: int, *arrays: Array) -> Any:
     An array with one position there is given whole every time. What fills up the last chunk is zero.
     """
     total = arrays[0].shape[1]
-    count = -(-total // size)
 
     def chunks(x: Array) -> Array:
-        if x.shape[1] == 1:
-            return jnp.broadcast_to(x[None], (count, *x.shape))
-        x = jnp.pad(x, ((0, 0), (0, count * size - total), *((0, 0),) * (x.ndim - 2)))
-        return x.reshape(x.shape[0], count, size, *x.shape[2:]).swapaxes(0, 1)
+        return jnp.broadcast_to(x[None], (-(-total // size), *x.shape)) if x.shape[1] == 1 else _cut(x, size)
 
     out = jax.lax.map(lambda parts: function(*parts), tuple(map(chunks, arrays)))
-    join = lambda x: x.swapaxes(0, 1).reshape(x.shape[1], count * size, *x.shape[3:])[:, :total]  # noqa: E731
-    return jax.tree.map(join, out)
+    return jax.tree.map(lambda x: _joined(x, total), out)
+
+
+def _cut(x: Array, size: int) -> Array:
+    """(b, n, ...) -> (chunks, b, size, ...), filled up with zeros."""
+    count = -(-x.shape[1] // size)
+    return fill_up(x, count * size).reshape(x.shape[0], count, size, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _joined(x: Array, total: int) -> Array:
+    """The inverse of `_cut`: (chunks, b, size, ...) -> (b, total, ...)."""
+    return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :total]
 
 
 def _cudnn(q: Array, k: Array, v: Array, mask: Array, pattern: Pattern | None) -> Array:
@@ -267,11 +272,9 @@ def _splash_call(
             q_seq_shards=1,
             interpret=platform() != "tpu",
         )
-    q, k, v = (
-        jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
-        for x, size in ((q * (q.shape[-1] ** -0.5), filled[0]), (k, filled[1]), (v, filled[1]))
-    )
-    keys = jnp.pad(mask, ((0, 0), (0, filled[1] - mask.shape[1]))).astype(jnp.int32)
+    padded = fill_up(q * (q.shape[-1] ** -0.5), filled[0]), fill_up(k, filled[1]), fill_up(v, filled[1])
+    q, k, v = (x.swapaxes(1, 2) for x in padded)
+    keys = fill_up(mask, filled[1]).astype(jnp.int32)
     return kernel, (q, k, v, splash.SegmentIds(jnp.ones((q.shape[0], filled[0]), jnp.int32), keys))
 
 
@@ -331,30 +334,25 @@ def _forward_chunked(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, 
         out = jnp.einsum("bnij,bjnx->binx", jnp.exp(scores - lse).astype(v.dtype), v)
         return out.astype(jnp.float32), lse[..., 0].swapaxes(1, 2)
 
-    return _by_chunks(one, min(_chunk_size(q, k), q.shape[1]), q)
+    return _by_chunks(one, _chunk_size(q, k), q)
 
 
 def _backward_chunked(inputs: tuple[Array, ...], out: Array, lse: Array, dout: Array) -> tuple[Array, Array, Array]:
     """ds = p (do v^T - rowsum(do o)), p = exp(s - lse): flash attention's backward pass (arXiv 2205.14135)."""
     q, k, v, mask = inputs
-    size, scale = min(_chunk_size(q, k), q.shape[1]), q.shape[-1] ** -0.5
-    count = -(-q.shape[1] // size)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scale, product = q.shape[-1] ** -0.5, functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def step(total: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], Array]:
-        one = lambda x: jax.lax.dynamic_slice_in_dim(x, start * size, size, axis=1)  # noqa: E731
-        q, out, lse, dout = map(one, padded)
+    def step(total: tuple[Array, Array], rows: list[Array]) -> tuple[tuple[Array, Array], Array]:
+        q, out, lse, dout = rows
         p = jnp.exp(_scores(q, k, mask[:, None]) - lse.swapaxes(1, 2)[..., None])
         delta = jnp.sum(dout.astype(jnp.float32) * out, axis=-1).swapaxes(1, 2)[..., None]
         ds = (p * (product("binx,bjnx->bnij", dout, v) - delta) * scale).astype(k.dtype)
         dk, dv = product("bnij,binx->bjnx", ds, q), product("bnij,binx->bjnx", p.astype(v.dtype), dout)
         return (total[0] + dk, total[1] + dv), product("bnij,bjnx->binx", ds, k)
 
-    fill = count * size - q.shape[1]
-    padded = [jnp.pad(x, ((0, 0), (0, fill), *((0, 0),) * (x.ndim - 2))) for x in (q, out, lse, dout)]
     zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-    (dk, dv), dq = jax.lax.scan(step, zeros, jnp.arange(count))
-    return dq.swapaxes(0, 1).reshape(q.shape[0], count * size, *q.shape[2:])[:, : q.shape[1]], dk, dv
+    (dk, dv), dq = jax.lax.scan(step, zeros, [_cut(x, _chunk_size(q, k)) for x in (q, out, lse, dout)])
+    return _joined(dq, q.shape[1]), dk, dv
 
 
 def _forward_splash(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
@@ -377,10 +375,7 @@ def _backward_splash(inputs: tuple[Array, ...], out: Array, lse: Array, dout: Ar
         saved = (*inputs, None, out, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
         return splash._splash_attention_bwd(*given, saved, dout)[3:6]
 
-    rows = [
-        jnp.pad(x, ((0, 0), (0, filled[0].shape[2] - x.shape[1]), *((0, 0),) * (x.ndim - 2))).swapaxes(1, 2)
-        for x in (out, lse, dout.astype(q.dtype))
-    ]
+    rows = [fill_up(x, filled[0].shape[2]).swapaxes(1, 2) for x in (out, lse, dout.astype(q.dtype))]
     dq, dk, dv = (x.swapaxes(1, 2).astype(jnp.float32) for x in jax.vmap(one)(filled, *rows))
     return dq[:, : q.shape[1]] * (q.shape[-1] ** -0.5), dk[:, : k.shape[1]], dv[:, : v.shape[1]]
 

@@ -22,7 +22,7 @@ from jaxtyping import Array
 
 from magic141_jax.sharding import ways
 
-LANES = 128  # tiles of that many tokens or more are filled up to a multiple: the blocks of a TPU's kernel
+LANES = 128  # a TPU's vectors: blocks of its kernel, and so tiles of that many tokens or more, are multiples of it
 
 Triple = tuple[int, int, int]
 
@@ -119,11 +119,15 @@ def part(joint: Array, text: int, count: int) -> tuple[Array, Array]:
     return tuple(x.reshape(joint.shape[0], -1, *joint.shape[2:]) for x in (video, words))
 
 
+def fill_up(x: Array, length: int) -> Array:
+    """x (b, n, ...) with zeros after it up to (b, length, ...)."""
+    return x if x.shape[1] == length else jnp.pad(x, ((0, 0), (0, length - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
+
+
 def _take(x: Any, places: np.ndarray) -> Array:
     """x (b, n, ...) at the given places of axis 1; zeros at place -1."""
-    fill = len(places) - x.shape[1]
-    if np.array_equal(places, np.pad(np.arange(x.shape[1]), (0, max(fill, 0)), constant_values=-1)):
-        return jnp.pad(x, ((0, 0), (0, fill), *((0, 0),) * (x.ndim - 2))) if fill else x
+    if np.array_equal(places, np.pad(np.arange(x.shape[1]), (0, max(len(places) - x.shape[1], 0)), constant_values=-1)):
+        return fill_up(x, len(places))
     taken = jnp.take(x, np.maximum(places, 0), axis=1)
     return jnp.where(jnp.asarray(places >= 0).reshape(1, -1, *[1] * (x.ndim - 2)), taken, jnp.zeros((), x.dtype))
 
