@@ -59,6 +59,45 @@ def save(folder: Path, config: Mapping[str, Any], params: Params, *, storage: St
         _write_shards(temporary, _encode(flatten(params), storage))
 
 
+def derive(source: Path, target: Path, components: Mapping[str, tuple[Mapping[str, Any], Params]]) -> None:
+    """Writes a weights folder like another one but for some components, {name: (its config.json, parameters)}.
+
+    What stays the same is linked where the disk allows it, and takes no space; what a base lends comes from there, so
+    that the new folder stands alone. A component's other files, a tokenizer say, come along.
+
+    Raises:
+      UserError: the target is the source, or is no weights folder that could be replaced.
+    """
+    source, target = Path(source), Path(target)
+    if target.resolve() == source.resolve():
+        raise UserError(f"{target} is the folder that is read; name another one to write")
+    if target.exists() and not (target / "model_index.json").is_file():
+        raise UserError(f"{target} is there and is no weights folder; name another one")
+    with new_folder(target) as temporary:
+        origins = {path.name: path for path in sorted(source.iterdir()) if path.is_dir()}
+        origins |= {name: part(source, name) for name in COMPONENTS if part(source, name).is_dir()}
+        for name, origin in origins.items():
+            new = components.get(name)
+            for file in (file for file in origin.rglob("*") if file.is_file()):
+                weight = file.name == "config.json" or file.name.endswith((".safetensors", ".safetensors.index.json"))
+                if new is None or not (weight and file.parent == origin):
+                    _copy(file, temporary / name / file.relative_to(origin))
+            if new is not None:
+                (temporary / name).mkdir(exist_ok=True)
+                (temporary / name / "config.json").write_text(json.dumps(dict(new[0]), indent=2) + "\n")
+                _write_shards(temporary / name, _encode(flatten(new[1]), "float32"))
+        index = {key: value for key, value in read_json(source / "model_index.json").items() if key != "base"}
+        (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.hardlink_to(source.resolve())
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` to write into, which takes its place in the end, unless something failed."""
@@ -68,7 +107,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in (temporary, *temporary.rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # mkdtemp and safetensors make what only the owner can read
+            if path.is_dir() or path.stat().st_nlink == 1:  # a link's mode is that of another folder's file
+                path.chmod(0o755 if path.is_dir() else 0o644)  # only the owner could read what was made here
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)

@@ -17,7 +17,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from magic141_jax import sharding
 from magic141_jax.errors import UserError
-from magic141_jax.pytree import Params, cast
+from magic141_jax.models.stored import cast
+from magic141_jax.pytree import Params
 
 
 def layout(abstract_params: Params, mesh: Mesh | None, rules: sharding.Rules = ()) -> Any:

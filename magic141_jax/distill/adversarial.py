@@ -153,7 +153,7 @@ class Critic:
     @classmethod
     def create(cls, config: AdversarialConfig, backbone: Backbone) -> Critic:
         """The critic on a backbone; raises `UserError` where config.layers names blocks that it lacks."""
-        sizes = FeatureHeadsConfig.on(backbone.network.config, config.layers, hidden=config.hidden)
+        sizes = FeatureHeadsConfig.on(backbone.frozen_network.config, config.layers, hidden=config.hidden)
         return cls(config, backbone, Network.create(FeatureHeads, sizes))
 
     def losses(

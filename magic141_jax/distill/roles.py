@@ -33,6 +33,7 @@ from magic141_jax.train.flow_matching import STUDENT
 from magic141_jax.train.method import Batch, Metrics, Parts
 
 TEACHER, FAKE = "teacher", "fake"
+PRUNED_SIZES = ("heads", "mlp_ratio", "double_blocks", "single_blocks")  # in which a student may be smaller
 Layout = Literal["adapter", "full"]
 FeaturesFn = Callable[[Latents, Times, Conditioning], Float[Array, "k b l d"]]
 
@@ -71,7 +72,8 @@ class Backbone:
 
     Attributes:
       config: how the roles are held.
-      network: the transformer of full roles.
+      network: the student's transformer where it is a full one; it may be smaller than the teacher's (pruned).
+      scores: the transformer of a full fake score: the teacher's sizes with the student's guidance embedding.
       frozen_network: the teacher's, which may lack the guidance embedding.
       adapted: the teacher's with adapters.
       conditioner: of records; its image encoder is the teacher's.
@@ -80,6 +82,7 @@ class Backbone:
 
     config: RolesConfig
     network: Network
+    scores: Network
     frozen_network: Network
     adapted: Network
     conditioner: Conditioner
@@ -90,34 +93,40 @@ class Backbone:
         """Reads the experiment's teacher.
 
         Raises:
-          UserError: no teacher, or one of other sizes than config.model.
+          UserError: no teacher, or one of other sizes than config.model, but for those that pruning changes.
         """
         found = parts.teacher()
         teacher_config = _run_like(found["transformer"][0], parts.network.config)
-        own = dataclasses.replace(parts.network.config, guidance_embedding=teacher_config.guidance_embedding)
-        if own != teacher_config:
-            names = [f.name for f in dataclasses.fields(own)]
-            differing = ", ".join(name for name in names if getattr(own, name) != getattr(teacher_config, name))
-            raise UserError(f"config.model and the teacher's transformer differ in {differing}")
-        if own != parts.network.config and "adapter" in (config.student, config.fake):
-            raise UserError("a network that gains a guidance embedding needs roles.student and roles.fake to be 'full'")
+        own = parts.network.config
+        differing = [name for name, value in vars(teacher_config).items() if getattr(own, name) != value]
+        wrong = ", ".join(name for name in differing if name not in (*PRUNED_SIZES, "guidance_embedding"))
+        if wrong:
+            raise UserError(f"config.model and the teacher's transformer differ in {wrong}")
+        if differing and config.student == "adapter":
+            raise UserError(f"roles.student must be 'full', since the student has another {', '.join(differing)}")
+        if "guidance_embedding" in differing and config.fake == "adapter":
+            raise UserError("a network that gains a guidance embedding needs roles.fake to be 'full'")
         frozen = {name: cast(params, jnp.dtype(config.teacher_dtype)) for name, (_, params) in found.items()}
         plain = Network.create(parts.network.build, teacher_config)
-        return cls(
-            config, parts.network, plain, lora.adapted(plain, config.rank, paths=config.paths), conditioner, frozen
-        )
+        embedded = dataclasses.replace(teacher_config, guidance_embedding=own.guidance_embedding)
+        scores = Network.create(parts.network.build, embedded)
+        adapted = lora.adapted(plain, config.rank, paths=config.paths)
+        return cls(config, parts.network, scores, plain, adapted, conditioner, frozen)
 
     def layout(self, role: str) -> Layout:
         """How a trained role is held."""
         return getattr(self.config, role)
 
     def init(self, role: str, key: jax.Array) -> Params:
-        """A trained role at its start: the teacher itself."""
+        """A trained role at its start: the teacher itself, or a fresh network of other sizes, to be read over."""
         if self.layout(role) == "adapter":
             return {"adapter": lora.fresh(self.adapted, key)}
+        network = self._full(role)
+        if any(getattr(network.config, name) != getattr(self.frozen_network.config, name) for name in PRUNED_SIZES):
+            return {"transformer": network.init(key)}
         own = jax.tree.map(_own_copy, self.frozen["transformer"])
-        if self.network.config.guidance_embedding and "guidance_in" not in own:
-            embedder = self.network.init(key)["guidance_in"]
+        if network.config.guidance_embedding and "guidance_in" not in own:
+            embedder = network.init(key)["guidance_in"]
             # it adds nothing at first
             own["guidance_in"] = embedder | {"down": jax.tree.map(jnp.zeros_like, embedder["down"])}
         return {"transformer": own}
@@ -165,13 +174,17 @@ class Backbone:
             return self.adapted, lora.join(backbone, params[FAKE]["adapter"], self.config.weak)
         if self.layout(role) == "adapter":
             return self.adapted, lora.join(backbone, params[role]["adapter"])
-        return self.network, params[role]["transformer"]
+        return self._full(role), params[role]["transformer"]
+
+    def _full(self, role: str) -> Network:
+        """The network of a role that is held in full."""
+        return self.network if role == STUDENT else self.scores
 
     def components(self, params: Mapping[str, Params], role: str = STUDENT) -> dict[str, tuple[str, Any, Params]]:
         """The folders of a role: its transformer, an adapter merged in, and the teacher's image encoder."""
         own = params[role]
         transformer = own.get("transformer") or merge(self.frozen["transformer"], own["adapter"])
-        made = {"transformer": ("mmdit", self.network.config, transformer)}
+        made = {"transformer": ("mmdit", self._full(role).config, transformer)}
         encoder = self.conditioner.image_encoder
         if encoder is not None:
             made["image_encoder"] = ("image_encoder", encoder.config, self.frozen["image_encoder"])

@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from magic141_jax.errors import UserError
+from magic141_jax.models.stored import Stored
 from magic141_jax.shapes import Latents, Times
 
 EPSILON = 1e-6
@@ -36,6 +37,29 @@ LECUN_STACKED: Initializer = jax.nn.initializers.variance_scaling(
 ZEROS: Initializer = jax.nn.initializers.zeros
 
 
+@jax.custom_vjp
+def observe(x: Array, probe: Array) -> Array:
+    """x (..., in) as it is; the "gradient" of `probe` (in,) is the sum of x^2 over all but the last axis.
+
+    So statistics of what enters a map come out of any number of scanned layers, stacked as the layers are. What `x` was
+    made from gets no gradient.
+    """
+    del probe
+    return x
+
+
+def _observe_forward(x: Array, probe: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x, (x, probe)
+
+
+def _observe_backward(saved: tuple[Array, Array], _: Array) -> tuple[Array, Array]:
+    x, probe = saved
+    return jnp.zeros_like(x), jnp.square(x.astype(probe.dtype)).sum(tuple(range(x.ndim - 1)))
+
+
+observe.defvjp(_observe_forward, _observe_backward)
+
+
 def expand_like(vector: Array, x: Array) -> Array:
     """Gives a vector (e,) leading axes of size 1 until it has the rank of x (..., e)."""
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
@@ -46,6 +70,7 @@ class Linear(nnx.Module):
 
     a: nnx.Param | None = None  # (in, r) and (r, out), or stacks; see models/lora.py
     b: nnx.Param | None = None
+    probe: nnx.Param | None = None  # (in,), or a stack; see models/probes.py
 
     def __init__(
         self,
@@ -64,7 +89,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """x (..., in) -> (..., out) in the dtype of x."""
-        y = jnp.dot(x, self.kernel[...].astype(x.dtype))
+        if self.probe is not None:
+            x = observe(x, self.probe[...])
+        y = self.kernel.dot(x) if isinstance(self.kernel, Stored) else jnp.dot(x, self.kernel[...].astype(x.dtype))
         if self.a is not None:
             y += jnp.dot(jnp.dot(x, self.a[...].astype(x.dtype)), self.b[...].astype(x.dtype))
         if self.bias is None:

@@ -10,7 +10,6 @@ are A and B, and a scan hands them out with W: W itself is never copied, and one
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,21 +36,20 @@ def adapted(network: Network, rank: int, *, paths: str = "") -> Network:
     if rank < 1:
         raise UserError(f"a LoRA needs a rank of at least 1, not {rank}")
 
-    def build(config: Any, *, rngs: nnx.Rngs) -> nnx.Module:
-        module = network.build(config, rngs=rngs)
-        found = 0
-        for path, node in nnx.iter_modules(module):
-            if isinstance(node, nn.Linear) and re.search(paths, ".".join(map(str, path))):
-                *stack, inputs, outputs = node.kernel.shape
-                init = nn.LECUN_STACKED if stack else nn.LECUN
-                node.a = nnx.Param(init(rngs.params(), (*stack, inputs, rank), jnp.float32))
-                node.b = nnx.Param(jnp.zeros((*stack, rank, outputs)))
-                found += 1
-        if not found:
-            raise UserError(f"no linear map of the network matches {paths!r}, so there is nothing to adapt")
-        return module
+    found = []
 
-    return Network.create(build, network.config)
+    def adapt(path: str, node: nnx.Module, rngs: nnx.Rngs) -> None:
+        if isinstance(node, nn.Linear) and re.search(paths, path):
+            *stack, inputs, outputs = node.kernel.shape
+            init = nn.LECUN_STACKED if stack else nn.LECUN
+            node.a = nnx.Param(init(rngs.params(), (*stack, inputs, rank), jnp.float32))
+            node.b = nnx.Param(jnp.zeros((*stack, rank, outputs)))
+            found.append(path)
+
+    made = network.rebuilt(adapt)
+    if not found:
+        raise UserError(f"no linear map of the network matches {paths!r}, so there is nothing to adapt")
+    return made
 
 
 def is_adapter(path: str) -> bool:

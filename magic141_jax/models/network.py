@@ -33,6 +33,20 @@ class Network:
         graphdef, state = nnx.split(abstract)
         return cls(config, module, graphdef, state)
 
+    def rebuilt(self, change: Callable[[str, nnx.Module, nnx.Rngs], None]) -> Network:
+        """The same network with its modules altered: `change(dotted path, module, rngs)` is called on each, once built.
+
+        What it puts in the place of parameters may be of other shapes; nothing is computed here.
+        """
+
+        def build(config: Any, *, rngs: nnx.Rngs) -> nnx.Module:
+            module = self.build(config, rngs=rngs)
+            for path, node in list(nnx.iter_modules(module)):
+                change(".".join(map(str, path)), node, rngs)
+            return module
+
+        return Network.create(build, self.config)
+
     @property
     def abstract_params(self) -> Params:
         """The parameter dict with `jax.ShapeDtypeStruct` leaves."""
@@ -48,8 +62,11 @@ class Network:
 
     def __call__(self, params: Params, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         """Calls a method of the module with the given parameters; traceable."""
-        module = nnx.merge(self.graphdef, _to_state(self.abstract_state, params))
-        return getattr(module, method)(*args, **kwargs)
+        return getattr(self.bind(params), method)(*args, **kwargs)
+
+    def bind(self, params: Params) -> nnx.Module:
+        """The module with the given parameters; traceable."""
+        return nnx.merge(self.graphdef, _to_state(self.abstract_state, params))
 
 
 def _to_params(state: nnx.State) -> Params:

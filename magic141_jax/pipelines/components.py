@@ -32,12 +32,12 @@ from magic141_jax.convert import lora as lora_lib
 from magic141_jax.convert.memory import require_memory
 from magic141_jax.diffusion.samplers import Sampler
 from magic141_jax.errors import UserError, nearest
-from magic141_jax.models import MODELS, SHARDING_RULES
+from magic141_jax.models import MODELS, SHARDING_RULES, stored
 from magic141_jax.models.network import Network
 from magic141_jax.models.text import MiniLMTextEncoder, TextEncoder
 from magic141_jax.pipelines import published
 from magic141_jax.pipelines.media import Fit
-from magic141_jax.pytree import Params, cast, require_match
+from magic141_jax.pytree import Params, require_match
 
 DEFAULT = "default"
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "weights" / "emoji64_4step"
@@ -213,6 +213,8 @@ def load_model(
 ) -> Model:
     """Reads one component folder; parameters are cast to the config's compute dtype (float32 where it has none).
 
+    Kernels in other forms (`models.stored`) are never expanded here, so a network in few bytes is loaded in few.
+
     Args:
       folder: with config.json and safetensors, ours or of a published repository (see `convert.repository`).
       overrides: config fields that replace the stored ones.
@@ -225,16 +227,18 @@ def load_model(
     mapping = weights.read_json(folder / "config.json")
     if repository.is_published(mapping):
         return Model(*repository.load(folder, mesh=mesh, **(overrides or {})))
-    kind = mapping.pop("model", None)
+    kind, kernels = mapping.pop("model", None), mapping.pop(stored.KEY, None)
     config_class, module = _pick(MODELS, kind, folder)
     config = settings.build(config_class, {**mapping, **(overrides or {})}, where=f"{folder.name}/config.json")
     network = Network.create(module, config)
+    if kernels:
+        network = stored.stored(network, stored.read_forms(kernels, f"{folder.name}/config.json"))
     dtype, rules = jnp.dtype(getattr(config, "compute_dtype", "float32")), SHARDING_RULES.get(kind, ())
     require_memory(network.abstract_params, dtype, mesh, what=str(folder), rules=rules)
     with sharding.on_host() if mesh is not None else contextlib.nullcontext():
         _, params = weights.load(folder)
         require_match(params, network.abstract_params, what=str(folder))
-        params = cast(params, dtype)
+        params = stored.cast(params, dtype)
     return Model(network, sharding.lay(params, mesh, rules))
 
 

@@ -1,0 +1,1 @@
+"""Quantization and packing: kernels of a trained network in forms of fewer bytes (`magic141_jax.models.stored`)."""

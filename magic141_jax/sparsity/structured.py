@@ -1,0 +1,219 @@
+"""Structured pruning of an MMDiT: whole attention heads, MLP neurons or blocks, and the smaller network without them.
+
+A unit is silent when the maps that lead out of it hold zeros: the rows of `attention_out` that read a head, the row of
+`mlp_down` that reads a neuron, both maps of a block. The network without a silent unit computes the same function, so
+pruning is two steps, silencing (a mask like any other, kept through training) and `shrink`, which changes no output:
+
+    masks(groups, scores, keep) -> {path: mask}            shrink(config, params) -> (config', params')
+
+Layers of a kind are stacked, and all of them have the same sizes. So a layer keeps as many heads and neurons as any
+other (which ones is its own choice), and of blocks any may go. The fused maps of single-stream blocks are sliced by
+their parts: the columns of `qkv` head by head, those of `mlp_up` neuron by neuron.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magic141_jax.errors import UserError
+from magic141_jax.models.mmdit import MMDiTConfig
+from magic141_jax.pytree import Params, flatten, unflatten
+
+# Stack of blocks -> its token streams
+STREAMS = {
+    "double_blocks": ("double_blocks.video", "double_blocks.text"),
+    "single_blocks": ("single_blocks.joint",),
+    "text_in.blocks": ("text_in.blocks",),
+}
+COLUMNS, ROWS, LAYERS = -1, -2, 0
+
+
+class Member(NamedTuple):
+    """A parameter of which each unit has `size` neighbouring entries along `axis`."""
+
+    path: str
+    axis: int
+    size: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The units of a stack of blocks.
+
+    Attributes:
+      layers: how many blocks it has.
+      units: how many units a layer has; of kind "blocks" how many blocks there are, and the layer axis is theirs.
+      inner: what belongs to the units and goes with them.
+      outer: the maps out of a unit and their biases; zeros there make it silent.
+    """
+
+    layers: int
+    units: int
+    inner: tuple[Member, ...]
+    outer: tuple[Member, ...]
+
+
+def groups(config: MMDiTConfig, kind: str) -> list[Group]:
+    """The groups of a kind. The streams of a double block share their heads, since these meet in one attention.
+
+    Raises:
+      UserError: the kind is none of heads, neurons and blocks.
+    """
+    layers = {"double_blocks": config.double_blocks, "single_blocks": config.single_blocks}
+    if kind == "heads":
+        return [
+            _heads(config, STREAMS[stack], count)
+            for stack, count in {**layers, "text_in.blocks": config.refiner_blocks}.items()
+            if count
+        ]
+    if kind == "neurons":
+        return [_neurons(config, stream, count) for stack, count in layers.items() for stream in STREAMS[stack]]
+    if kind == "blocks":
+        return [_blocks(STREAMS[stack], count) for stack, count in layers.items()]
+    raise UserError(f"structured pruning takes heads, neurons or blocks, not {kind!r}")
+
+
+def _heads(config: MMDiTConfig, streams: tuple[str, ...], layers: int) -> Group:
+    k = config.head_width
+    inner = [Member(f"{s}.qkv.{leaf}", COLUMNS, 3 * k) for s in streams for leaf in ("kernel", "bias")]
+    outer = [Member(f"{s}.attention_out.kernel", ROWS, k) for s in streams]
+    return Group(layers, config.heads, tuple(inner), tuple(outer))
+
+
+def _neurons(config: MMDiTConfig, stream: str, layers: int) -> Group:
+    inner = [Member(f"{stream}.mlp_up.{leaf}", COLUMNS) for leaf in ("kernel", "bias")]
+    return Group(layers, config.mlp_width, tuple(inner), (Member(f"{stream}.mlp_down.kernel", ROWS),))
+
+
+def _blocks(streams: tuple[str, ...], layers: int) -> Group:
+    single = len(streams) == 1  # whose one bias is that of mlp_down
+    leaves = ["attention_out.kernel", "mlp_down.kernel", "mlp_down.bias", *["attention_out.bias"] * (not single)]
+    return Group(layers, layers, (), tuple(Member(f"{s}.{leaf}", LAYERS) for s in streams for leaf in leaves))
+
+
+def unit_scores(group: Group, scores: Mapping[str, jax.Array]) -> jax.Array:
+    """What each unit adds to the stream: the sum of squared scores over its outer kernels.
+
+    Args:
+      group: of `groups`.
+      scores: {path: one for each weight} of the outer kernels (`sparsity.scores`).
+
+    Returns:
+      (layers, units), or (units,) of blocks.
+    """
+    total = 0.0
+    for member in group.outer:
+        if member.path.endswith("kernel"):
+            total += _by_unit(jnp.square(scores[member.path]), group, member)
+    return total
+
+
+def unit_masks(group: Group, kept: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
+    """The masks of a group's parameters, true where they stay, from which units are kept, as `unit_scores` orders them.
+
+    Of kind "blocks" only the outer parameters are masked: the others then don't count.
+    """
+    made = {}
+    for member in (*group.inner, *group.outer):
+        shape = shapes[member.path]
+        along = kept if member.axis == LAYERS else jnp.repeat(kept, member.size, axis=-1)
+        axes = [1] * len(shape)
+        axes[0], axes[member.axis] = shape[0], shape[member.axis]
+        made[member.path] = jnp.broadcast_to(along.reshape(axes), shape)
+    return made
+
+
+def keep_best(scores: jax.Array, count: Any) -> jax.Array:
+    """Which of the last axis are among its `count` best, exactly as many also where scores are equal."""
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    return jnp.argsort(order, axis=-1) < count
+
+
+def silence(
+    config: MMDiTConfig, params: Params, kind: str, scores: Mapping[str, jax.Array], keep: int | Mapping[str, int]
+) -> Params:
+    """Parameters with all but the best `keep` units of each layer set to zero.
+
+    Args:
+      config, params: the network.
+      kind: heads, neurons or blocks.
+      scores: {path: a score for each weight} of the maps out of the units; of kind "blocks", {stack: one a block}.
+      keep: heads or neurons a layer; of blocks {"double_blocks": ..., "single_blocks": ...}.
+
+    Raises:
+      UserError: fewer than one unit would stay, or more than there are.
+    """
+    flat = flatten(params)
+    for group in groups(config, kind):
+        stack = group.outer[0].path.rsplit(".", 3)[0]
+        count = keep.get(stack, group.units) if isinstance(keep, Mapping) else keep
+        if not 1 <= count <= group.units:
+            raise UserError(f"{stack} has {group.units} {kind}, of which 1 to all can be kept, not {count}")
+        values = scores[stack] if kind == "blocks" else unit_scores(group, scores)
+        shapes = {member.path: flat[member.path].shape for member in (*group.inner, *group.outer)}
+        for path, mask in unit_masks(group, keep_best(jnp.asarray(values), count), shapes).items():
+            flat[path] = jnp.where(mask, flat[path], 0)
+    return unflatten(flat)
+
+
+def shrink(config: MMDiTConfig, params: Params) -> tuple[MMDiTConfig, Params]:
+    """The network without its silent units: the same function, in less memory and time.
+
+    Heads and neurons go in every layer as often as in the layer that has the fewest silent ones; a whole stack of
+    blocks never goes. Rounded sums may differ, since fewer terms are added.
+    """
+    flat = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+    sizes = {}
+    for kind in ("blocks", "heads", "neurons"):
+        found = groups(config, kind)
+        loud = [_loud(group, flat) for group in found]
+        if kind == "blocks":
+            for stack, alive in zip(("double_blocks", "single_blocks"), loud):
+                kept = np.flatnonzero(alive) if alive.any() else np.array([0])
+                sizes[stack] = len(kept)
+                flat |= {path: leaf[kept] for path, leaf in flat.items() if path.startswith(f"{stack}.")}
+            config = dataclasses.replace(config, **sizes)
+            continue
+        count = max(1, *(int(alive.sum(-1).max()) for alive in loud))
+        for group, alive in zip(found, loud):
+            chosen = np.sort(np.argsort(~alive, axis=-1, kind="stable")[:, :count], axis=-1)
+            for member in (*group.inner, *group.outer):
+                flat[member.path] = _take(flat[member.path], chosen, member)
+        width = {"heads": count} if kind == "heads" else {"mlp_ratio": mlp_ratio(config.width, count)}
+        config = dataclasses.replace(config, **width)
+    return config, unflatten({path: jnp.asarray(leaf) for path, leaf in flat.items()})
+
+
+def mlp_ratio(width: int, neurons: int) -> float:
+    """The config's ratio for an MLP of just `neurons` neurons, whatever the division rounds to."""
+    ratio = neurons / width
+    return ratio if int(width * ratio) == neurons else math.nextafter(ratio, math.inf)
+
+
+def _loud(group: Group, flat: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which units have an outer value that isn't zero: (layers, units), or (units,) of blocks."""
+    return sum(_by_unit(flat[m.path] != 0, group, m) for m in group.outer) > 0
+
+
+def _by_unit(values: Any, group: Group, member: Member) -> Any:
+    """Sums of a parameter's values (layers, ...) over what each unit has of it."""
+    if member.axis == LAYERS:
+        return values.reshape(group.layers, -1).sum(-1)
+    if member.axis == ROWS:
+        return values.reshape(group.layers, group.units, -1).sum(-1)
+    return values.reshape(group.layers, -1, group.units, member.size).sum((1, 3))
+
+
+def _take(leaf: np.ndarray, chosen: np.ndarray, member: Member) -> np.ndarray:
+    """What the chosen units (layers, count) have of a parameter."""
+    index = (chosen[:, :, None] * member.size + np.arange(member.size)).reshape(len(chosen), -1)
+    if leaf.ndim == 3:
+        index = index[:, :, None] if member.axis == ROWS else index[:, None]
+    return np.take_along_axis(leaf, index, axis=member.axis)
