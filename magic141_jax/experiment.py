@@ -31,9 +31,9 @@ from magic141_jax.distill.guidance import GuidanceDistillation
 from magic141_jax.distill.regression import Regression
 from magic141_jax.distill.trajectory import Trajectory
 from magic141_jax.errors import UserError, nearest
-from magic141_jax.models import MODELS, SHARDING_RULES, lora, patch_vae, whitening
+from magic141_jax.models import MODELS, SHARDING_RULES, lora, patch_vae, stored, whitening
 from magic141_jax.models.network import Network
-from magic141_jax.pipelines.components import SamplingSettings, find_folder, load_model
+from magic141_jax.pipelines.components import SamplingSettings, find_folder, load_model, load_plain
 from magic141_jax.pytree import Params, flatten, require_match
 from magic141_jax.train import loop, optim, preview, streams
 from magic141_jax.train.autoencoding import VAE, Autoencoding
@@ -213,7 +213,7 @@ def _teacher(config: ExperimentConfig, mesh: jax.sharding.Mesh, *, dtype: str) -
         part = weights.part(folder, name)
         if part.is_dir():
             overrides = {"compute_dtype": dtype} if name == "transformer" else {}
-            model = load_model(part, overrides=overrides, mesh=mesh)
+            model = load_plain(part, overrides=overrides, mesh=mesh)
             found[name] = (model.network.config, model.params)
     if "transformer" not in found:
         raise UserError(f"{config.teacher} has no transformer (config.teacher)")
@@ -478,7 +478,8 @@ class Experiment:
         found = 0
         for name, (_, _, params) in self.method.components(fresh).items():
             if (folder / name).is_dir():
-                _, loaded = weights.load(folder / name)
+                own, loaded = weights.load(folder / name)
+                loaded = load_plain(folder / name).params if stored.KEY in own else loaded
                 require_match(loaded, params, what=str(folder / name))
                 # `params` is the very dict inside `fresh`, so filling it in place fills the role.
                 _fill(params, loaded)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ import numpy as np
 from magic141_jax import sharding
 from magic141_jax.diffusion import flow, timesteps
 from magic141_jax.diffusion.conditioning import Conditioning
+from magic141_jax.errors import UserError
 from magic141_jax.models.mmdit import velocity_fn
 from magic141_jax.models.network import Network
 from magic141_jax.models.probes import square_sums
@@ -51,6 +53,24 @@ class Example(NamedTuple):
     t: Times
     cond: Conditioning
     guidance: jax.Array | None
+
+
+def read_prompts(file: Path | None) -> Sequence[str]:
+    """The prompts of a text file, one a line; those of the embedded default where no file is given.
+
+    Raises:
+      UserError: a file that can't be read, or without a prompt.
+    """
+    if file is None:
+        return PROMPTS
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"can't read prompts from {file}: {error}") from None
+    found = [line for line in lines if line]
+    if not found:
+        raise UserError(f"{file} has no prompt; write one a line")
+    return found
 
 
 def examples(pipeline: TextToVideoPipeline, prompts: Sequence[str] = PROMPTS, *, seed: int = 0) -> list[Example]:

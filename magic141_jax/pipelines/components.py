@@ -242,6 +242,13 @@ def load_model(
     return Model(network, sharding.lay(params, mesh, rules))
 
 
+def load_plain(folder: Path, **options: Any) -> Model:
+    """As `load_model`, with dense kernels whatever form they are held in: to train on, to prune, to compare with."""
+    network, params = load_model(folder, **options)
+    build = next(module for config_class, module in MODELS.values() if type(network.config) is config_class)
+    return Model(Network.create(build, network.config), stored.dense(network, params))
+
+
 def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     """A local weights folder for a path, "default" or a Hub id; raises `UserError` when there is none."""
     name = str(path_or_hub_id)

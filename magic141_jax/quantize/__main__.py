@@ -28,10 +28,9 @@ import jax.numpy as jnp
 from magic141_jax import settings, weights
 from magic141_jax.errors import OneLineParser, UserError, run_entry_point
 from magic141_jax.models import MODELS, stored
-from magic141_jax.models.network import Network
 from magic141_jax.models.stored import Form
 from magic141_jax.pipelines import calibration
-from magic141_jax.pipelines.components import DEFAULT, Model, enable_compilation_cache, find_folder, load_model
+from magic141_jax.pipelines.components import DEFAULT, Model, enable_compilation_cache, find_folder, load_plain
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 from magic141_jax.pytree import Params, cast, count, flatten, unflatten
 from magic141_jax.quantize import plan as plans
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, folder in _parts(source).items():
         if not args.expand and name != TRANSFORMER and args.others == "as_is":
             continue
-        model = _plain(folder)
+        model = load_plain(folder)
         if args.expand:
             small, forms = model, {}
         elif name == TRANSFORMER:
@@ -99,7 +98,7 @@ def _transformer(args: argparse.Namespace, source: Path, model: Model) -> tuple[
             raise UserError("--spare and --report measure on samples: leave out --no_calibration")
         return Model(*compress(*model, forms)), forms
     pipeline = TextToVideoPipeline.from_pretrained(source)
-    found = calibration.examples(pipeline, _prompts(args.prompts))
+    found = calibration.examples(pipeline, calibration.read_prompts(args.prompts))
     norms = calibration.norms(*model, found)
     small = Model(*compress(*model, forms, norms=norms))
     report: dict[str, Any] = {}
@@ -125,13 +124,6 @@ def _parts(source: Path) -> dict[str, Path]:
     return {name: folder for name, folder in found.items() if (folder / "config.json").is_file()}
 
 
-def _plain(folder: Path) -> Model:
-    """A component with dense kernels in float32."""
-    network, params = load_model(folder)
-    build = next(module for config_class, module in MODELS.values() if isinstance(network.config, config_class))
-    return Model(Network.create(build, network.config), stored.dense(network, params))
-
-
 def _kernels(model: Model) -> dict[str, jax.Array]:
     return {path: leaf for path, leaf in flatten(model.params).items() if path.endswith(stored.KERNEL)}
 
@@ -152,20 +144,6 @@ def _bytes(name: str, model: Model, written: Params) -> str:
     values, held = count(model.params), sum(leaf.nbytes for leaf in jax.tree.leaves(written))
     share = held / (2 * values)
     return f"{name}: {values / 1e6:.2f} M parameters in {held / 1e6:.2f} MB, {100 * share:.1f} % of bfloat16"
-
-
-def _prompts(file: Path | None) -> Sequence[str]:
-    """The lines of a file of prompts, or those that suit the embedded default."""
-    if file is None:
-        return calibration.PROMPTS
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"can't read prompts from {file}: {error}") from None
-    found = [line for line in lines if line]
-    if not found:
-        raise UserError(f"{file} has no prompt; write one a line")
-    return found
 
 
 if __name__ == "__main__":
