@@ -1,0 +1,1 @@
+"""Pruning: scores of weights, masks from scores, and training that keeps the masks."""
