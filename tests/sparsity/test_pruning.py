@@ -46,14 +46,9 @@ def run(transform, tree, gradient, *, updates):
 
 
 def loud(tree, state):
-    """Gradients that pull every pruned weight far away and shrink every kept one toward zero."""
-    masks = flatten(state.masks)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, p: (
-            jnp.where(masks[".".join(k.key for k in path)], p, -100.0) if ".".join(k.key for k in path) in masks else p
-        ),
-        tree,
-    )
+    """Gradients that pull every pruned weight far away and shrink every other one toward zero."""
+    kept = pruning.project(state, jax.tree.map(jnp.ones_like, tree))
+    return jax.tree.map(lambda p, stays: jnp.where(stays == 0, -100.0, p), tree, kept)
 
 
 @pytest.mark.parametrize(("start", "end", "initial"), [(0, 10, 0.0), (4, 20, 0.2)])
@@ -82,40 +77,37 @@ def test_masks_are_renewed_at_their_updates_and_at_the_end():
     assert [t for t in range(15) if pruning.renews(config, t)] == [2, 5, 8, 9]
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "4:8", "block 4x4"])
-@pytest.mark.parametrize("distribution", ["column", "global"])
+@pytest.mark.parametrize(
+    ("pattern", "distribution"),
+    [("unstructured", "column"), ("4:8", "column"), ("block 4x4", "erk"), ("unstructured", "global")],
+)
 def test_nothing_regrows_over_a_schedule_of_hostile_gradients(pattern, distribution):
-    if pattern == "4:8" and distribution == "global":
-        distribution = "column"
     config = PruningConfig(sparsity=0.5, pattern=pattern, distribution=distribution, start=1, end=7, every=2)
     transform = pruned(optax.adamw(0.01, weight_decay=0.1), config)
-    before = dict.fromkeys(KERNELS, True)
-    for update, (tree, _, state) in enumerate(run(transform, params(), loud, updates=10)):
-        masks, flat = flatten(state.masks), flatten(tree)
+    before = {path: np.ones(shape, bool) for path, shape in KERNELS.items()}
+    for update, (tree, _, state) in enumerate(run(transform, params(), loud, updates=9)):
+        masks = flatten(state.masks)
         assert masks.keys() == KERNELS.keys() and state.count == update + 1
-        wanted = float(pruning.sparsity_at(config, update)) if update else 0.0
         for path, mask in masks.items():
             assert not (mask & ~before[path]).any(), "a pruned weight is back"
-            np.testing.assert_array_equal(flat[path] == 0, ~mask)
-            if distribution == "column" and pruning.renews(config, update) and pattern == "unstructured":
-                assert ((~mask).sum(-2) == round(wanted * mask.shape[-2])).all()
-        if update >= config.end:
-            assert all((masks[path] == before[path]).all() for path in masks) or update == config.end
-            assert np.mean([~m.ravel().mean() if False else 1 - m.mean() for m in masks.values()]) == pytest.approx(
-                0.5, abs=0.06
-            )
+            np.testing.assert_array_equal(flatten(tree)[path] == 0, ~mask)
+            if not pruning.renews(config, update):
+                np.testing.assert_array_equal(mask, before[path])
+            elif pattern == "unstructured" and distribution == "column":
+                wanted = float(pruning.sparsity_at(config, update)) * mask.shape[-2]
+                assert ((~mask).sum(-2) == round(wanted)).all()
         before = masks
-    assert float(pruning.pruned_share(state)) == pytest.approx(
-        sum((~m).sum() for m in before.values()) / sum(m.size for m in before.values())
-    )
+    dropped, size = (sum(f(mask) for mask in before.values()) for f in (lambda m: (~m).sum(), np.size))
+    assert dropped == pytest.approx(size / 2, abs=16), "to a block"
+    assert float(pruning.pruned_share(state)) == pytest.approx(dropped / size)
 
 
 def test_updates_are_the_optimizers_own_bit_for_bit_but_where_pruned():
     inner = optax.adamw(0.01, weight_decay=0.1)
-    config = PruningConfig(sparsity=0.5, start=0, end=3)
+    config = PruningConfig(sparsity=0.5, end=2)
     tree = params()
     transform, state, plain = pruned(inner, config), pruned(inner, config).init(tree), inner.init(tree)
-    for seed in range(5):
+    for seed in range(3):
         grads = params(seed + 1)
         wanted, plain = inner.update(pruning.project(state, grads), plain, tree)
         changes, state = transform.update(grads, state, tree)
@@ -132,7 +124,7 @@ def test_updates_are_the_optimizers_own_bit_for_bit_but_where_pruned():
 def test_the_optimizer_sees_no_gradient_of_a_pruned_weight():
     config = PruningConfig(sparsity=0.75)
     transform = pruned(optax.trace(0.9), config)
-    for tree, _, state in run(transform, params(), lambda tree, _: jax.tree.map(jnp.ones_like, tree), updates=3):
+    for _, _, state in run(transform, params(), lambda tree, _: jax.tree.map(jnp.ones_like, tree), updates=3):
         masks, moments = flatten(state.masks), flatten(state.inner.trace)
     for path, mask in masks.items():
         # once, before the mask was there
@@ -142,8 +134,8 @@ def test_the_optimizer_sees_no_gradient_of_a_pruned_weight():
 
 def test_weights_may_regrow_where_asked():
     config = PruningConfig(sparsity=0.5, end=4, initial=0.5, regrow=True)
-    tree, seen = params(), []
-    for tree, _, state in run(pruned(optax.sgd(0.1), config), tree, loud, updates=6):
+    seen = []
+    for tree, _, state in run(pruned(optax.sgd(0.1), config), params(), loud, updates=6):
         masks = flatten(state.masks)
         for path, mask in masks.items():
             assert ((~mask).sum(-2) == mask.shape[-2] // 2).all()
