@@ -13,7 +13,7 @@ from pathlib import Path
 from magic141_jax.models.network import Network
 from magic141_jax.models.resident import Lend, Room, at_once, when_needed
 from magic141_jax.models.text import TextEncoder
-from magic141_jax.models.tiling import in_squares
+from magic141_jax.models.tiling import WHOLE, in_squares
 from magic141_jax.pipelines.text_cache import CachedTextEncoder, digest
 
 LENT = ("transformer", "vae", "text_encoder", "image_encoder")
@@ -28,11 +28,18 @@ class LowMemory:
         are given the same `Room`.
       text_cache: a folder for the states of encoded prompts; with all of them there, no text encoder is read.
       vae_tiles: side in pixels of the squares in which larger pictures are encoded and decoded.
+
+    Raises:
+      UserError: a side that can't be.
     """
 
     offload: bool | Room = False
     text_cache: str | Path | None = None
     vae_tiles: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.vae_tiles is not None:
+            in_squares(WHOLE, self.vae_tiles)
 
     def lenders(self) -> dict[str, Lend]:
         """How each component's parameters are held, by its name."""
@@ -43,11 +50,7 @@ class LowMemory:
         return dict.fromkeys(LENT, at_once) | {"text_encoder": text}
 
     def in_tiles(self, vae: Network) -> Network:
-        """An autoencoder that works in tiles, if any are asked for; its parameters are the same.
-
-        Raises:
-          UserError: a side that can't be.
-        """
+        """An autoencoder that works in tiles, if any are asked for; its parameters are the same."""
         if self.vae_tiles is None:
             return vae
         tiling = in_squares(vae.config.tiling, self.vae_tiles)
