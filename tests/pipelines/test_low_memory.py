@@ -8,7 +8,7 @@ import pytest
 
 from magic141_jax import weights
 from magic141_jax.errors import UserError
-from magic141_jax.models.resident import Room, taken
+from magic141_jax.models.resident import Room
 from magic141_jax.pipelines import engine
 from magic141_jax.pipelines.components import load_components
 from magic141_jax.pipelines.long_video import stream_video
@@ -52,23 +52,18 @@ def live():
     return sum(x.nbytes for x in jax.live_arrays())
 
 
-def sizes(pipelines):
-    """Bytes of each component, by stage and engine."""
-    return [sum(x.nbytes for x in jax.tree.leaves(taken(model.params))) for c in pipelines for model in parts(c)]
+def sizes(components):
+    """Bytes of each network of some components."""
+    networks = [(c.transformer, c.vae, c.image_encoder, c.text_encoder) for c in components]
+    return [sum(x.nbytes for x in jax.tree.leaves(part.params)) for parts in networks for part in parts]
 
 
-def parts(components):
-    return (components.transformer, components.vae, components.image_encoder, components.text_encoder)
-
-
-@pytest.mark.parametrize("image_weights", [False, True], ids=["one network", "another for the image"])
-def test_one_component_is_on_the_devices_at_a_time(weights_folder, monkeypatch, quick_compilation, image_weights):
-    options = {"image_weights": weights_folder} if image_weights else {}
-    plain = TextToVideoPipeline.from_pretrained(weights_folder, **options)
-    components = {id(e): e.components for e in (plain.engine, plain.text_to_image.engine)}.values()
-    held = sizes(components)
+def test_one_component_is_on_the_devices_at_a_time(weights_folder, monkeypatch, quick_compilation):
+    images = {"image_weights": weights_folder}  # by networks of their own
+    plain = TextToVideoPipeline.from_pretrained(weights_folder, **images)
+    held = sizes([plain.components, plain.text_to_image.components])
     want, before = watched(monkeypatch, plain)
-    saving = TextToVideoPipeline.from_pretrained(weights_folder, offload=True, **options)
+    saving = TextToVideoPipeline.from_pretrained(weights_folder, offload=True, **images)
     have, after = watched(monkeypatch, saving)
     np.testing.assert_array_equal(have, want)
     assert [stage for stage, _ in after] == [stage for stage, _ in before]
@@ -80,14 +75,14 @@ def test_one_component_is_on_the_devices_at_a_time(weights_folder, monkeypatch, 
     assert "move" not in plain.engine.seconds
 
 
-def test_from_the_hosts_memory_and_over_a_mesh(weights_folder, quick_compilation):
+def picture(weights_folder, prompt=PROMPT, **options):
+    return TextToImagePipeline.from_pretrained(weights_folder, **options)(prompt, seed=1).images
+
+
+def test_from_the_hosts_memory_over_a_mesh(weights_folder, quick_compilation):
     mesh = make_mesh(MeshConfig(data=1, fsdp=2), devices=jax.devices()[:2])
-    for where in (None, mesh):
-        want, have = (
-            TextToImagePipeline.from_pretrained(weights_folder, mesh=where, offload=offload)(PROMPT).images
-            for offload in (False, Room(on_host=True))
-        )
-        np.testing.assert_array_equal(have, want)
+    want, have = (picture(weights_folder, mesh=mesh, offload=offload) for offload in (False, Room(on_host=True)))
+    np.testing.assert_array_equal(have, want)
 
 
 def test_no_text_encoder_is_read_for_cached_prompts(weights_folder, tmp_path, monkeypatch, quick_compilation):
@@ -95,20 +90,17 @@ def test_no_text_encoder_is_read_for_cached_prompts(weights_folder, tmp_path, mo
         assert folder.name != "text_encoder", "the parameters of the text encoder are read"
         return load(folder)
 
-    want = TextToVideoPipeline.from_pretrained(weights_folder)(PROMPT, seed=1).frames
+    want = picture(weights_folder)
+    np.testing.assert_array_equal(picture(weights_folder, text_cache=tmp_path / "cache"), want)
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".safetensors", ".digest"}
+    monkeypatch.setattr(weights, "load", loaded)
     for offload in (False, True):
-        cache = tmp_path / str(offload)
-        options = {"text_cache": cache, "offload": offload}
-        made = [TextToVideoPipeline.from_pretrained(weights_folder, **options)(PROMPT, seed=1).frames]
-        assert {path.suffix for path in cache.iterdir()} == {".safetensors", ".digest"}
-        with monkeypatch.context() as patch:
-            patch.setattr(weights, "load", loaded)
-            pipeline = TextToVideoPipeline.from_pretrained(weights_folder, **options)
-            made.append(pipeline(PROMPT, seed=1).frames)
-            with pytest.raises(AssertionError, match="are read"):
-                pipeline("a blue cat")
-        for frames in made:
-            np.testing.assert_array_equal(frames, want)
+        options = {"text_cache": tmp_path / "cache", "offload": offload}
+        components = load_components(weights_folder, **options)
+        assert np.asarray(components.text_encoder.encode([PROMPT]).states).any()
+        with pytest.raises(AssertionError, match="are read"):
+            components.text_encoder.encode(["a blue cat"])
+    np.testing.assert_array_equal(picture(weights_folder, **options), want)
 
 
 def test_tiles_change_the_vae_alone(weights_folder):
