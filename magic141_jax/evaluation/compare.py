@@ -44,6 +44,7 @@ from magic141_jax.evaluation import features, metrics, protocol
 from magic141_jax.evaluation.protocol import BATCH, MAX_SEED, SPLITS, Clips, Progress, Values
 from magic141_jax.evaluation.templates import Search
 from magic141_jax.models.mmdit import MMDiTConfig
+from magic141_jax.models.resident import taken
 from magic141_jax.pipelines.components import find_folder
 from magic141_jax.pipelines.options import PipelineOutput, SamplingOptions, resolve
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
@@ -311,7 +312,7 @@ def evaluations(options: SamplingOptions, config: MMDiTConfig) -> int:
 
 def megabytes(row: Loaded) -> float:
     """10^6 bytes of the buffers that hold the row's transformer."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(row.pipeline.components.transformer.params)) / 1e6
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(taken(row.pipeline.components.transformer.params))) / 1e6
 
 
 def _timed(
