@@ -1,4 +1,4 @@
-"""`python -m magic141_jax.recipe RECIPE.toml --workdir DIR`: stages that make a network smaller, each one measured.
+"""Stages that make a network smaller, each one measured, from a TOML file.
 
     dense = "default"                     what every stage is held against
     points = 2.0                          how much worse, in points of 100, a stage may be in any score
@@ -23,18 +23,17 @@ ends there with exit code 2, and nothing after it is run. What is done is not do
 from __future__ import annotations
 
 import dataclasses
-import json
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from magic141_jax import settings
-from magic141_jax.errors import OneLineParser, UserError, run_entry_point
+from magic141_jax.errors import UserError
 from magic141_jax.evaluation import record, standing
 from magic141_jax.pipelines.components import find_folder
 
@@ -64,16 +63,6 @@ class Recipe:
             raise UserError(f"the stages are named {names}; each needs a name of its own, of letters and digits")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; see the module's docstring."""
-    parser = OneLineParser(prog="python -m magic141_jax.recipe", description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a TOML file of stages")
-    parser.add_argument("--workdir", type=Path, required=True, help="where the stages' folders are made")
-    args = parser.parse_args(arguments)
-    run(read(args.recipe), args.workdir)
-    return 0
-
-
 def read(file: Path) -> Recipe:
     """Reads a recipe; raises `UserError` where it can't be read, or has an unknown key or a wrong type."""
     try:
@@ -83,8 +72,8 @@ def read(file: Path) -> Recipe:
     return settings.build(Recipe, values, where=str(file))
 
 
-def run(recipe: Recipe, workdir: Path) -> None:
-    """Runs and measures the stages that are not done.
+def run(recipe: Recipe, workdir: Path, *, tell: Callable[[str], None] = lambda line: None) -> None:
+    """Runs and measures the stages that are not done; `tell` is called with what each has lost.
 
     Raises:
       UserError: a command fails or makes no weights folder, or a gated stage has lost more than `recipe.points`.
@@ -93,16 +82,17 @@ def run(recipe: Recipe, workdir: Path) -> None:
     before = recipe.dense
     for stage in recipe.stage:
         work = Path(workdir) / stage.name
-        weights = Path(stage.weights.format(work=work, before=before))
+        weights = Path(_filled(stage.weights, {"work": work, "before": before}))
         named = {"work": work, "before": before, "weights": weights}
         if not (weights / "model_index.json").is_file():
             work.mkdir(parents=True, exist_ok=True)
-            _python([word.format(**named) for word in stage.command], stage.name)
+            _python([_filled(word, named) for word in stage.command], stage.name)
             if not (weights / "model_index.json").is_file():
                 raise UserError(f"the stage {stage.name} ran, but made no weights folder {weights}")
         lost = loss(_compared(recipe, stage.name, weights, work / "comparison.json"))
         worst, points = max(lost.items(), key=lambda item: item[1])
-        print(f"{stage.name}: {_told(lost)}", flush=True)
+        told = ", ".join(f"{name} {points:+.1f}" for name, points in lost.items())
+        tell(f"{stage.name}: points lost: {told}")
         if stage.gate and points > recipe.points + standing.ROUNDING:
             raise UserError(
                 f"the stage {stage.name} has lost {points:.1f} points of {worst}, more than {recipe.points:g}; "
@@ -140,9 +130,8 @@ def _python(words: Sequence[str], name: str) -> None:
         raise UserError(f"the stage {name} failed with exit code {done.returncode}: python {' '.join(words)}")
 
 
-def _told(lost: dict[str, float]) -> str:
-    return json.dumps({name: round(points, 1) for name, points in lost.items()}) + " points lost"
-
-
-if __name__ == "__main__":
-    run_entry_point(main)
+def _filled(word: str, named: Mapping[str, Any]) -> str:
+    """A word with {name} replaced; other braces are its own."""
+    for name, value in named.items():
+        word = word.replace(f"{{{name}}}", str(value))
+    return word
