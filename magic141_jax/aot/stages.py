@@ -108,8 +108,10 @@ def sampler(values: Mapping[str, Any], topology: Topology, batch: int | None = N
         "keep": made_for.keep_known,
     }
     what = f"{made_for.num_inference_steps} {made_for.sampler} steps{' with guidance' * guided}"
-    what += f", kernels in {kernels}" if kernels else ""
-    return _stage(call, engine._denoise, network, (walk,), static=static, what=what)
+    asked = _stage(call, engine._denoise, network, (walk,), static=static, what=what)
+    if not kernels:
+        return asked
+    return dataclasses.replace(asked, description={**asked.description, "kernels": kernels})
 
 
 def decode(values: Mapping[str, Any], topology: Topology, batch: int | None = None) -> Program:
