@@ -10,9 +10,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from magic141_jax.errors import UserError
-from magic141_jax.pytree import flatten
+from magic141_jax.models import mmdit
+from magic141_jax.models.network import Network
+from magic141_jax.pytree import flatten, unflatten
 from magic141_jax.settings import build
-from magic141_jax.sparsity import pruning
+from magic141_jax.sparsity import pruning, structured
 from magic141_jax.sparsity.pruning import PruningConfig, PruningState, pruned
 from magic141_jax.train import optim
 
@@ -43,6 +45,18 @@ def run(transform, tree, gradient, *, updates):
     for _ in range(updates):
         tree, changes, state = advance(tree, state)
         yield jax.device_get((tree, changes, state))
+
+
+def transformer():
+    """A role with a small transformer of three blocks of each kind, four heads and 16 neurons."""
+    config = dataclasses.replace(
+        mmdit.debug(), heads=4, width=16, head_width=8, mlp_ratio=1.0, double_blocks=3, single_blocks=3
+    )
+    network = Network.create(mmdit.MMDiT, config)
+    shapes = flatten(network.abstract_params)
+    rng = np.random.default_rng(0)
+    drawn = {path: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) for path, leaf in shapes.items()}
+    return config, {"transformer": unflatten(drawn)}
 
 
 def loud(tree, state):
@@ -242,3 +256,35 @@ def test_parameters_are_asked_for():
     transform, tree = pruned(optax.sgd(0.1), PruningConfig(sparsity=0.5)), params()
     with pytest.raises(ValueError, match="pruning needs the parameters"):
         transform.update(tree, transform.init(tree))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sparsity", "left"),
+    [
+        ("heads", 0.5, {"heads": 2}),
+        ("neurons", 0.25, {"mlp_width": 12}),
+        ("blocks", 0.34, {"double_blocks": 2, "single_blocks": 2}),
+    ],
+)
+def test_whole_units_are_silenced_on_schedule_and_then_cut_out(kind, sparsity, left):
+    config, start = transformer()
+    pruning_config = PruningConfig(sparsity=sparsity, pattern=kind, end=3)
+    silent = []
+    for tree, _, state in run(pruned(optax.sgd(0.05), pruning_config), start, loud, updates=6):
+        zeros = {path: leaf == 0 for path, leaf in flatten(tree).items()}
+        masks = flatten(state.masks)
+        assert all((zeros[path][~mask]).all() for path, mask in masks.items())
+        silent.append(sum(int((~mask).sum()) for mask in masks.values()))
+    assert silent == sorted(silent) and silent[3] == silent[-1] > silent[0]
+    shrunk, _ = structured.shrink(config, tree["transformer"])
+    assert {name: getattr(shrunk, name) for name in left} == left
+    assert any(path.endswith("bias") for path in masks), "a silent block adds no bias either"
+
+
+def test_whole_units_need_a_transformer_and_equal_layers():
+    with pytest.raises(UserError, match="this network is none"):
+        pruning.first_masks(params(), PruningConfig(sparsity=0.5, pattern="heads"))
+    with pytest.raises(UserError, match="leave pruning.distribution at 'column'"):
+        _, tree = transformer()
+        chosen = PruningConfig(sparsity=0.5, pattern="neurons", distribution="global")
+        pruning.new_masks(tree, chosen, pruning.first_masks(tree, chosen), norms=None, sparsity=0.5)
