@@ -284,7 +284,7 @@ def test_whole_units_are_silenced_on_schedule_and_then_cut_out(kind, sparsity, l
 def test_whole_units_need_a_transformer_and_equal_layers():
     with pytest.raises(UserError, match="this network is none"):
         pruning.first_masks(params(), PruningConfig(sparsity=0.5, pattern="heads"))
-    with pytest.raises(UserError, match="leave pruning.distribution at 'column'"):
+    with pytest.raises(UserError, match=r"leave pruning\.distribution at 'column'"):
         _, tree = transformer()
         chosen = PruningConfig(sparsity=0.5, pattern="neurons", distribution="global")
         pruning.new_masks(tree, chosen, pruning.first_masks(tree, chosen), norms=None, sparsity=0.5)
