@@ -39,7 +39,7 @@ from magic141_jax.models.text import MiniLMTextEncoder, TextEncoder
 from magic141_jax.pipelines import published
 from magic141_jax.pipelines.low_memory import LowMemory
 from magic141_jax.pipelines.media import Fit
-from magic141_jax.pytree import Params, require_match
+from magic141_jax.pytree import Params, flatten, require_match
 
 DEFAULT = "default"
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "weights" / "emoji64_4step"
@@ -184,6 +184,8 @@ def _replacement(given: Path, own: Path) -> Path:
 def _with_lora(lend: Lend, source: Source, *, file: Path, scale: float) -> Held:
     """Lends a transformer with the adapters of a file merged into it when it is read."""
     network = source.network
+    if any(map(stored.is_part, flatten(network.abstract_params))):
+        raise UserError(f"adapters are merged into plain kernels, which these weights have not: {stored.EXPAND}")
     layout = hunyuan_dit if network.config.refiner_blocks else flux_dit
     adapters = lora_lib.load(file, layout.table(network.config), network.abstract_params)
 
