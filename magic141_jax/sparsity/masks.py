@@ -42,8 +42,8 @@ def make(pattern: str, distribution: Distribution = "column") -> Pattern:
 
     All are {dotted path: array}: the parameters of the whole network, the others of the kernels that are pruned. The
     sparsity is the share to be dropped. It may be traced; a plain number is taken for the last one, and checked. What
-    the previous masks prune is dropped before all else, and counts as dropped; a result may still hold some of it where
-    it is more than the sparsity asks for.
+    the previous masks prune is dropped before all else, and counts as dropped; where that is more than asked for, the
+    result holds some of it again.
 
     Raises:
       UserError: an unknown pattern. The function raises it where blocks or groups do not divide a kernel, a column
@@ -207,8 +207,8 @@ def erk_densities(shapes: Mapping[str, tuple[int, ...]], sparsity: Any) -> dict[
     left = np.cumsum((size * ratio)[::-1])[::-1]
     candidates = (1 - sparsity - jnp.asarray(full, jnp.float32)) / jnp.asarray(left, jnp.float32)
     fits = candidates * jnp.asarray(ratio, jnp.float32) <= 1
-    # Where rounding lets none fit, all are full.
-    e = jnp.where(fits.any(), candidates[jnp.argmax(fits)], jnp.inf)
+    # Nothing is dropped by rounding: without sparsity all are full, and where no number of full kernels fits.
+    e = jnp.where(fits.any() & (sparsity > 0), candidates[jnp.argmax(fits)], jnp.inf)
     return {paths[i]: jnp.minimum(1.0, e * r) for i, r in zip(first, ratio)}
 
 

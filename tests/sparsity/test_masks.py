@@ -137,6 +137,7 @@ def test_erk_densities_are_their_formula(sparsity):
     np.testing.assert_allclose([found[path] for path in shapes], [wanted[path] for path in shapes], rtol=1e-5)
     kept = sum(float(found[path]) * np.prod(shape) for path, shape in shapes.items())
     assert kept == pytest.approx((1 - sparsity) * sum(map(np.prod, shapes.values())), rel=1e-5)
+    assert set(map(float, masks.erk_densities(shapes, 0.0).values())) == {1.0}
     scores = draw(0, tied=False, shapes=shapes)
     for path, mask in make("unstructured", scores, sparsity, distribution="erk").items():
         assert mask.mean() == pytest.approx(wanted[path], abs=2 / np.prod(shapes[path][-2:]))
