@@ -210,8 +210,9 @@ def make_video(
     bar.set_description("image")
     stream = stream_video(pipeline, args.prompt, total_frames=about["frames"], image=image, **options)
     bar.set_description("video")
+    clip = stream if path != still else ()  # of a png no window is computed, by any process
     if not processes.leads():
-        for _ in stream:
+        for _ in clip:
             pass
         return
     # A dict, because a png output is its own still.
@@ -221,7 +222,7 @@ def make_video(
         media.write_image(names[still], stream.image, about, upscale=args.upscale)
         if path != still:
             with media.BackgroundWriter(names[path], about["fps"], about, upscale=args.upscale) as writer:
-                for frames in stream:
+                for frames in clip:
                     writer.write(frames)
                     bar.update(len(frames))
         names[sidecar].write_text(json.dumps(about, indent=2) + "\n")

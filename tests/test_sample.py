@@ -15,6 +15,7 @@ from PIL import Image
 
 from magic141_jax.errors import UserError
 from magic141_jax.pipelines import media
+from magic141_jax.pipelines.long_video import VideoStream
 
 SCRIPT = Path(__file__).resolve().parents[1] / "sample.py"
 PROMPT = "a red shark moves left"
@@ -105,6 +106,18 @@ def test_of_several_processes_the_first_one_writes(run, sample, monkeypatch, cap
     monkeypatch.setattr(sample.processes, "leads", lambda: False)
     assert names(run("--duration", "1")) == []
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_no_process_computes_a_video_for_a_png(run, sample, monkeypatch, leads):
+    def windows():
+        raise AssertionError("a process that does not write computes what the others don't, and waits for ever")
+        yield
+
+    still = VideoStream(np.zeros((32, 32, 3), np.float32), windows())
+    monkeypatch.setattr(sample.processes, "leads", lambda: leads)
+    monkeypatch.setattr(sample, "stream_video", lambda *_, **__: still)
+    assert names(run(output="out.png")) == ["out.json", "out.png"] * leads
 
 
 def test_png_is_the_image_alone(run):
