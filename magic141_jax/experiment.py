@@ -35,6 +35,7 @@ from magic141_jax.models import MODELS, SHARDING_RULES, lora, patch_vae, stored,
 from magic141_jax.models.network import Network
 from magic141_jax.pipelines.components import SamplingSettings, find_folder, load_model, load_plain
 from magic141_jax.pytree import Params, flatten, require_match
+from magic141_jax.sparsity import pruning
 from magic141_jax.train import loop, optim, preview, streams
 from magic141_jax.train.autoencoding import VAE, Autoencoding
 from magic141_jax.train.checkpoint import Checkpoints
@@ -66,6 +67,7 @@ class ExperimentConfig:
       image_encoder: like `model`; empty trains without image tokens.
       data, optimizer, train, watch, mesh: see their classes.
       role_optimizers: {role: {field: value}} where a role differs from `optimizer`.
+      pruning: of the role "student", or the first one of a method without it.
       teacher: a weights folder: the frozen networks that a distillation starts from and is measured against.
       init_from: a weights folder whose components training starts from; empty starts fresh.
       components_from: a weights folder whose other components (VAE, text encoder) the export copies.
@@ -82,6 +84,7 @@ class ExperimentConfig:
     image_encoder: dict = dataclasses.field(default_factory=dict)
     optimizer: optim.OptimizerConfig = dataclasses.field(default_factory=optim.OptimizerConfig)
     role_optimizers: dict = dataclasses.field(default_factory=dict)
+    pruning: pruning.PruningConfig = dataclasses.field(default_factory=pruning.PruningConfig)
     train: loop.TrainConfig = dataclasses.field(default_factory=loop.TrainConfig)
     watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
@@ -290,11 +293,15 @@ class Experiment:
         if config.sampling:
             settings.build(SamplingSettings, config.sampling, where="config.sampling")
         method = _build_method(config, mesh, abstract=abstract)
-        optimizers = {}
+        optimizers, sparse = {}, STUDENT if STUDENT in method.roles else method.roles[0]
         for role in method.roles:
             own = {**settings.to_dict(config.optimizer), **config.role_optimizers.get(role, {})}
             own = settings.build(optim.OptimizerConfig, own, where=f"config.role_optimizers.{role}")
-            optimizers[role] = optim.make(own, config.train.steps // method.cadence.get(role, 1))
+            updates = config.train.steps // method.cadence.get(role, 1)
+            optimizers[role] = optim.make(own, updates)
+            if role == sparse and config.pruning.active:
+                shapes = jax.eval_shape(method.init, jax.random.key(0))[role]
+                optimizers[role] = pruning.sparse(optimizers[role], config.pruning, shapes, updates=updates)
         return cls(config, Path(workdir), method, optimizers, mesh)
 
     @functools.cached_property

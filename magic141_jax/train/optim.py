@@ -59,11 +59,20 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """An optax transformation with the schedule that it follows and the decay of its role's averaged parameters."""
+    """An optax transformation with the schedule that it follows and the decay of its role's averaged parameters.
+
+    Attributes:
+      transform, schedule, ema_decay: see above.
+      project: (optimizer state, averaged parameters) -> the latter as this optimizer holds the parameters, such as
+        with the same zeros.
+      metrics: optimizer state -> {name: scalar}, logged as "<name>/<role>".
+    """
 
     transform: optax.GradientTransformation
     schedule: Callable[[Any], jax.Array]
     ema_decay: float
+    project: Callable[[Any, Params], Params] = lambda state, tree: tree
+    metrics: Callable[[Any], dict[str, jax.Array]] = lambda state: {}
 
 
 def make(config: OptimizerConfig, updates: int) -> Optimizer:

@@ -34,8 +34,8 @@ def make_step(
 
     `state` is donated. `number` is the host's copy of `state.step`; it chooses, without waiting for the device,
     which roles are updated, and at most a few combinations are ever compiled. Metrics are scalars on the device:
-    the method's own, `loss/<role>`, `grad_norm/<role>`, `learning_rate/<role>` and `finite`. `layout` holds the
-    shardings that the state keeps from step to step; without it the compiler chooses.
+    the method's own, `loss/<role>`, `grad_norm/<role>`, `learning_rate/<role>`, those of the role's optimizer and
+    `finite`. `layout` holds the shardings that the state keeps from step to step; without it the compiler chooses.
     """
     jitted = jit_step(method, optimizers, accumulate=accumulate, layout=layout)
 
@@ -82,8 +82,10 @@ def _step(
         done = state.step // method.cadence.get(role, 1)
         if role in ema:
             decay = ema_decay(optimizer.ema_decay, done)
-            ema[role] = jax.tree.map(lambda a, p, d=decay: a + (1 - d) * (p - a), ema[role], params[role])
-        metrics |= {f"grad_norm/{role}": norm, f"learning_rate/{role}": optimizer.schedule(done)}
+            averaged = jax.tree.map(lambda a, p, d=decay: a + (1 - d) * (p - a), ema[role], params[role])
+            ema[role] = optimizer.project(opt_state[role], averaged)
+        own = {"grad_norm": norm, "learning_rate": optimizer.schedule(done), **optimizer.metrics(opt_state[role])}
+        metrics |= {f"{name}/{role}": value for name, value in own.items()}
     updated = TrainState(state.step + 1, state.key, params, opt_state, ema)
     guarded = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
     return guarded, metrics | {"finite": finite}
