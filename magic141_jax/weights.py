@@ -134,12 +134,25 @@ def read_tensors(folder: Path, stem: str = "model") -> dict[str, jnp.ndarray]:
         try:
             with safe_open(file, framework="flax") as reader:
                 names = reader.keys()
-                tensors.update({name: reader.get_tensor(name) for name in names})
+                tensors.update({name: _read(reader, file, name) for name in names})
         except FileNotFoundError:
             raise UserError(f"no file {file}; the weights folder is incomplete") from None
         except (SafetensorError, OSError) as error:
             raise UserError(f"can't read {file}: {error}; the file is truncated or damaged, copy it again") from None
     return tensors
+
+
+def _read(reader: Any, file: Path, name: str) -> jnp.ndarray:
+    """A tensor of an opened file; float8, which NumPy has no name for and safetensors so fails on, by its header."""
+    if reader.get_slice(name).get_dtype() != "F8_E4M3":
+        return reader.get_tensor(name)
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        entry = json.loads(stream.read(length))[name]
+        begin, end = entry["data_offsets"]
+        stream.seek(8 + length + begin)
+        values = np.frombuffer(stream.read(end - begin), jnp.float8_e4m3fn)
+    return jnp.asarray(values.reshape(entry["shape"]))
 
 
 def tensor_files(folder: Path, stem: str = "model") -> list[Path]:
