@@ -190,6 +190,11 @@ def read_forms(values: Mapping[str, Mapping[str, Any]], where: str) -> dict[str,
     return {path: settings.build(Form, form, where=f"{where} {path}") for path, form in values.items()}
 
 
+def as_written(network: Network, forms: Any, where: str) -> Network:
+    """The network with the kernels held as a config.json says under `KEY`, if it says anything."""
+    return stored(network, read_forms(forms, where)) if forms is not None else network
+
+
 def is_part(path: str) -> bool:
     """Whether a dotted path of a parameter is a part of a stored kernel."""
     return re.search(rf"\{KERNEL}\.(values|mask|scale)$", path) is not None

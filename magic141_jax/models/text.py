@@ -22,10 +22,10 @@ from tokenizers import Encoding, Tokenizer
 
 from magic141_jax import settings, sharding, weights
 from magic141_jax.errors import UserError
-from magic141_jax.models import encoder
+from magic141_jax.models import encoder, stored
 from magic141_jax.models.encoder import Encoder, EncoderConfig, affine_norm
 from magic141_jax.models.network import Network
-from magic141_jax.pytree import Params, cast, require_match
+from magic141_jax.pytree import Params, require_match
 from magic141_jax.shapes import Pooled, TokenIds, TokenMask, Tokens
 
 MAX_BATCH = 64
@@ -117,12 +117,12 @@ class Bert(nnx.Module):
 
 
 class MiniLMTextEncoder:
-    """A `TextEncoder` from a BERT network, its parameters and its tokenizer."""
+    """A `TextEncoder` from a BERT network, its parameters and its tokenizer; `forms` are those of stored kernels."""
 
     image_tokens = 0
 
-    def __init__(self, config: BertConfig, params: Params, tokenizer: Tokenizer) -> None:
-        network = Network.create(Bert, config)
+    def __init__(self, config: BertConfig, params: Params, tokenizer: Tokenizer, *, forms: Any = None) -> None:
+        network = stored.as_written(Network.create(Bert, config), forms, "text_encoder/config.json")
         require_match(params, network.abstract_params, what="the text encoder")
         if tokenizer.get_vocab_size() > config.vocabulary:
             raise UserError(
@@ -154,11 +154,12 @@ class MiniLMTextEncoder:
         mapping, params = weights.load(folder)
         if mapping.pop("model", None) != "bert":
             raise UserError(f'{folder / "config.json"} is not of a BERT text encoder (its "model" must be "bert")')
+        forms = mapping.pop(stored.KEY, None)
         config = settings.build(BertConfig, mapping, where="text_encoder")
         if length is not None:
             config = dataclasses.replace(config, length=length)
-        params = sharding.lay(cast(params, jnp.float32), mesh, SHARDING_RULES)
-        return cls(config, params, read_tokenizer(folder / "tokenizer.json"))
+        params = sharding.lay(stored.cast(params, jnp.float32), mesh, SHARDING_RULES)
+        return cls(config, params, read_tokenizer(folder / "tokenizer.json"), forms=forms)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Prompts -> token ids (b, s) int32 and mask (b, s) bool; warns about every truncated prompt."""
