@@ -66,13 +66,10 @@ def derive(source: Path, target: Path, components: Mapping[str, tuple[Mapping[st
     that the new folder stands alone. A component's other files, a tokenizer say, come along.
 
     Raises:
-      UserError: the target is the source, or is no weights folder that could be replaced.
+      UserError: see `require_apart`.
     """
     source, target = Path(source), Path(target)
-    if target.resolve() == source.resolve():
-        raise UserError(f"{target} is the folder that is read; name another one to write")
-    if target.exists() and not (target / "model_index.json").is_file():
-        raise UserError(f"{target} is there and is no weights folder; name another one")
+    require_apart(source, target)
     with new_folder(target) as temporary:
         origins = {path.name: path for path in sorted(source.iterdir()) if path.is_dir()}
         origins |= {name: part(source, name) for name in COMPONENTS if part(source, name).is_dir()}
@@ -88,6 +85,15 @@ def derive(source: Path, target: Path, components: Mapping[str, tuple[Mapping[st
                 _write_shards(temporary / name, _encode(flatten(new[1]), "float32"))
         index = {key: value for key, value in read_json(source / "model_index.json").items() if key != "base"}
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def require_apart(source: Path, target: Path) -> None:
+    """Raises `UserError` if a weights folder can't be derived there: in or around its source, or over other files."""
+    own, new = Path(source).resolve(), Path(target).resolve()
+    if own == new or own in new.parents or new in own.parents:
+        raise UserError(f"{target} is the folder that is read, or lies in or around it; name another one to write")
+    if new.exists() and not (new / "model_index.json").is_file():
+        raise UserError(f"{target} is there and is no weights folder; name another one")
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -134,12 +140,25 @@ def read_tensors(folder: Path, stem: str = "model") -> dict[str, jnp.ndarray]:
         try:
             with safe_open(file, framework="flax") as reader:
                 names = reader.keys()
-                tensors.update({name: reader.get_tensor(name) for name in names})
+                tensors.update({name: _read(reader, file, name) for name in names})
         except FileNotFoundError:
             raise UserError(f"no file {file}; the weights folder is incomplete") from None
         except (SafetensorError, OSError) as error:
             raise UserError(f"can't read {file}: {error}; the file is truncated or damaged, copy it again") from None
     return tensors
+
+
+def _read(reader: Any, file: Path, name: str) -> jnp.ndarray:
+    """A tensor of an opened file; float8, which NumPy has no name for and safetensors so fails on, by its header."""
+    if reader.get_slice(name).get_dtype() != "F8_E4M3":
+        return reader.get_tensor(name)
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        entry = json.loads(stream.read(length))[name]
+        begin, end = entry["data_offsets"]
+        stream.seek(8 + length + begin)
+        values = np.frombuffer(stream.read(end - begin), jnp.float8_e4m3fn)
+    return jnp.asarray(values.reshape(entry["shape"]))
 
 
 def tensor_files(folder: Path, stem: str = "model") -> list[Path]:

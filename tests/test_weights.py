@@ -157,3 +157,125 @@ def test_int8_leaves_stacked_biases_and_norm_scales_exact(tmp_path):
     given, read = as_float32(drawn()), flatten(weights.load(tmp_path / "a")[1])
     for path in ("blocks.q.bias", "blocks.norm.scale", "blocks.qk_scale"):
         np.testing.assert_array_equal(read[path], given[path])
+
+
+def write_weights(folder, parts=("transformer", "vae", "text_encoder"), **index):
+    """A weights folder whose components have other files as well, and the values 0, 1, 2..."""
+    for number, name in enumerate(parts):
+        weights.save(folder / name, {"model": name}, {"a": {"kernel": jnp.full((2, 3), number)}})
+    if "text_encoder" in parts:
+        (folder / "text_encoder" / "tokenizer.json").write_text("{}")
+        (folder / "text_encoder" / "more").mkdir()
+        (folder / "text_encoder" / "more" / "words.txt").write_text("a b")
+    (folder / "model_index.json").write_text(json.dumps({"format": 1, **index}))
+    return folder
+
+
+def seen(folder):
+    """All files below a folder: their bytes, mode and time."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return {file: (file.read_bytes(), file.stat().st_mode, file.stat().st_mtime_ns) for file in files}
+
+
+def names(folder):
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+NEW = {"model": "new"}, {"b": {"kernel": {"values": jnp.ones((2, 2), jnp.int8)}}}
+
+
+def test_a_derived_folder_links_what_stays_and_holds_what_is_new(tmp_path):
+    source = write_weights(tmp_path / "source", sampling={"fps": 8})
+    (source / "text_encoder" / "model.safetensors.index.json").write_text("{}")
+    (source / "text_encoder" / "model-00001-of-00002.safetensors").write_text("stale")
+    before = seen(source)
+    weights.derive(source, tmp_path / "runs" / "new", {"text_encoder": NEW})
+    target = tmp_path / "runs" / "new"
+    assert seen(source) == before
+    assert names(target) == names(source) - {
+        f"text_encoder/{name}" for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    }
+    same = names(target) - {"text_encoder/config.json", "text_encoder/model.safetensors", "model_index.json"}
+    assert "text_encoder/more/words.txt" in same and "vae/model.safetensors" in same
+    assert all((target / name).samefile(source / name) for name in same), "links take no space"
+    config, params = weights.load(target / "text_encoder")
+    assert config == NEW[0]
+    np.testing.assert_array_equal(params["b"]["kernel"]["values"], 1)
+    assert params["b"]["kernel"]["values"].dtype == jnp.int8
+    assert weights.read_json(target / "model_index.json") == {"format": 1, "sampling": {"fps": 8}}
+    assert [path.name for path in target.parent.iterdir()] == ["new"]
+
+
+def test_a_derived_folder_is_copied_where_the_disk_has_no_links(tmp_path, monkeypatch):
+    source = write_weights(tmp_path / "source")
+
+    def refuse(self, target):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("pathlib.Path.hardlink_to", refuse)
+    weights.derive(source, tmp_path / "new", {"vae": NEW})
+    assert names(tmp_path / "new") == names(source)
+    held = tmp_path / "new" / "transformer" / "model.safetensors"
+    assert held.read_bytes() == (source / "transformer" / "model.safetensors").read_bytes()
+    assert not held.samefile(source / "transformer" / "model.safetensors")
+
+
+def test_what_a_base_lends_is_derived_too(tmp_path):
+    """The new folder stands alone, wherever it lies."""
+    write_weights(tmp_path / "whole")
+    part = write_weights(tmp_path / "part", ("transformer",), base="whole")
+    before = seen(tmp_path)
+    weights.derive(part, tmp_path / "elsewhere" / "new", {"vae": NEW})
+    assert {file: kept for file, kept in seen(tmp_path).items() if file in before} == before
+    target = tmp_path / "elsewhere" / "new"
+    assert names(target) == names(tmp_path / "whole")
+    assert "base" not in weights.read_json(target / "model_index.json")
+    assert weights.load(target / "vae")[0] == NEW[0]
+    assert (target / "transformer/model.safetensors").samefile(part / "transformer/model.safetensors")
+    assert (target / "text_encoder/tokenizer.json").samefile(tmp_path / "whole" / "text_encoder/tokenizer.json")
+
+
+def test_a_derived_folder_replaces_weights_alone(tmp_path):
+    source, other = write_weights(tmp_path / "source"), write_weights(tmp_path / "other")
+    (other / "stale").write_text("")
+    weights.derive(source, other, {"vae": NEW})
+    assert names(other) == names(source)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("")
+    (tmp_path / "link").symlink_to(source)
+    before = seen(tmp_path)
+    for target, message in (
+        ("source", "is the folder that is read"),
+        ("link", "is the folder that is read"),
+        ("source/new", "lies in or around it"),
+        (".", "lies in or around it"),
+        ("thesis", "no weights folder"),
+        ("thesis/chapter.tex", "no weights folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            weights.derive(source, tmp_path / target, {"vae": NEW})
+    assert seen(tmp_path) == before
+
+
+def test_an_interrupted_derivation_leaves_nothing(tmp_path, monkeypatch):
+    source = write_weights(tmp_path / "source")
+    target = write_weights(tmp_path / "target", ("vae",))
+    before = seen(tmp_path)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weights, "save_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        weights.derive(source, target, {"vae": NEW})
+    assert seen(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_float8_comes_back(tmp_path):
+    values = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float8_e4m3fn)
+    params = {"a": values, "b": jnp.ones(2, jnp.bfloat16), "count": jnp.arange(3), "one": jnp.float32(2)}
+    weights.save(tmp_path / "net", {"model": "x"}, params)
+    _, read = weights.load(tmp_path / "net")
+    assert {name: leaf.dtype for name, leaf in read.items()} == {name: leaf.dtype for name, leaf in params.items()}
+    jax.tree.map(np.testing.assert_array_equal, read, params)

@@ -41,7 +41,7 @@ LOGVAR_RANGE = (-30.0, 20.0)
 SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # Three colours and few latent channels can't be split.
     (r".*(decoder\.conv_out|encoder\.conv_in|quant)\..*", ()),
-    (r".*(conv1|conv2|conv_in|conv_out|resample)\.kernel", (None, None, None, None, "fsdp")),
+    (r".*(conv1|conv2|conv_in|conv_out|resample)\.kernel", ("fsdp",)),
     (r".*\.(shortcut|query|key|value|out)\.kernel", (None, "fsdp")),
     (r".*\.(bias|scale)", ()),
 )

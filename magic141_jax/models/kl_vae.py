@@ -25,7 +25,7 @@ from magic141_jax.shapes import Frames, Latents
 SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # Three colours and few latent channels can't be split.
     (r"(decoder\.conv_out|encoder\.conv_in)\.", ()),
-    (r"(conv1|conv2|conv_in|conv_out|resample)\.kernel", (None, None, None, "fsdp")),
+    (r"(conv1|conv2|conv_in|conv_out|resample)\.kernel", ("fsdp",)),
     (r"\.(shortcut|query|key|value|out)\.kernel", (None, "fsdp")),
     (r"\.(bias|scale)", ()),
 )

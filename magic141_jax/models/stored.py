@@ -61,6 +61,8 @@ class Form:
     activations: Literal["", "int8", "float8_e4m3fn"] = ""
 
     def __post_init__(self) -> None:
+        if self.group < 0:
+            raise UserError(f"groups of {self.group} rows that share a scale; 0 is a whole column")
         if self.activations and (self.values not in QUANTIZED or self.group):
             raise UserError(f"activations in {self.activations} need quantized weights with a scale a column")
         if self.group and self.values not in QUANTIZED:
@@ -96,7 +98,7 @@ class Stored(nnx.Module):
         """Of a dense `shape` (..., in, out); `layers` is (), or (layers,) of a stack."""
         rows, columns = math.prod(shape[:-1]), shape[-1]
         form.check(rows)
-        self.shape, self.form = tuple(shape), form
+        self.layer, self.form = tuple(shape), form
         kept, dtype = form.kept(rows), jnp.dtype("uint8" if form.values == "int4" else form.values)
         kept //= 2 if form.values == "int4" else 1
         self.values = nnx.Param(jnp.zeros((*layers, kept, columns), dtype))
@@ -104,9 +106,14 @@ class Stored(nnx.Module):
         scales = (*layers, rows // (form.group or rows), columns)
         self.scale = nnx.Param(jnp.ones(scales, form.scale)) if form.values in QUANTIZED else None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dense kernel, its layers in front."""
+        return (*self.values.shape[:-2], *self.layer)
+
     def __getitem__(self, _: Any) -> jax.Array:
         """The dense kernel in float32, of a stack every layer's."""
-        return self._dense().reshape(*self.values.shape[:-2], *self.shape)
+        return self._dense().reshape(self.shape)
 
     def dot(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> x W (..., out) in the dtype of x."""
@@ -179,7 +186,14 @@ def cast(params: Params, dtype: Any) -> Params:
 
 def read_forms(values: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, Form]:
     """Forms as a config.json has them; raises `UserError` for an unknown key or a wrong type."""
+    if not isinstance(values, Mapping) or not all(isinstance(form, Mapping) for form in values.values()):
+        raise UserError(f"{where}: {KEY!r} must map the paths of kernels to their forms")
     return {path: settings.build(Form, form, where=f"{where} {path}") for path, form in values.items()}
+
+
+def as_written(network: Network, forms: Any, where: str) -> Network:
+    """The network with the kernels held as a config.json says under `KEY`, if it says anything."""
+    return stored(network, read_forms(forms, where)) if forms is not None else network
 
 
 def is_part(path: str) -> bool:

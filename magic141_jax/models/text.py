@@ -118,7 +118,7 @@ class Bert(nnx.Module):
 
 
 class MiniLMTextEncoder:
-    """A `TextEncoder` from a BERT network, its parameters and its tokenizer."""
+    """A `TextEncoder` from a BERT network, its parameters and its tokenizer; `forms` are those of stored kernels."""
 
     image_tokens = 0
 
@@ -160,11 +160,11 @@ class MiniLMTextEncoder:
         mapping = weights.read_json(folder / "config.json")
         if mapping.pop("model", None) != "bert":
             raise UserError(f'{folder / "config.json"} is not of a BERT text encoder (its "model" must be "bert")')
-        kernels = stored.read_forms(mapping.pop(stored.KEY, {}), "text_encoder/config.json")
+        forms = mapping.pop(stored.KEY, None)
         config = settings.build(BertConfig, mapping, where="text_encoder")
         if length is not None:
             config = dataclasses.replace(config, length=length)
-        network = stored.stored(Network.create(Bert, config), kernels)
+        network = stored.as_written(Network.create(Bert, config), forms, "text_encoder/config.json")
 
         def read(mesh: jax.sharding.Mesh | None) -> Params:
             _, params = weights.load(folder)

@@ -273,9 +273,7 @@ def load_model(
     kind, kernels = mapping.pop("model", None), mapping.pop(stored.KEY, None)
     config_class, module = _pick(MODELS, kind, folder)
     config = settings.build(config_class, {**mapping, **(overrides or {})}, where=f"{folder.name}/config.json")
-    network = Network.create(module, config)
-    if kernels:
-        network = stored.stored(network, stored.read_forms(kernels, f"{folder.name}/config.json"))
+    network = stored.as_written(Network.create(module, config), kernels, f"{folder.name}/config.json")
     dtype, rules = jnp.dtype(getattr(config, "compute_dtype", "float32")), SHARDING_RULES.get(kind, ())
     check = functools.partial(require_memory, network.abstract_params, dtype, what=str(folder), rules=rules)
 

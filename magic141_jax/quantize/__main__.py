@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--spare is {args.spare}; it is a share of the kernels, from 0 to below 1")
     enable_compilation_cache()
     source, made = find_folder(args.source), {}
+    weights.require_apart(source, args.target)
     for name, folder in _parts(source).items():
         if not args.expand and name != TRANSFORMER and args.others == "as_is":
             continue
@@ -114,6 +115,7 @@ def _transformer(args: argparse.Namespace, source: Path, model: Model) -> tuple[
     off, _ = calibration.Measured(*small)(small.params, found, truth)
     print(f"{TRANSFORMER}: velocities are off by {100 * off:.2f} % of their norm, on {len(found)} batches of samples")
     if args.report is not None:
+        args.report.parent.mkdir(parents=True, exist_ok=True)
         args.report.write_text(json.dumps({"error": off, **report}, indent=2) + "\n")
     return small, forms
 

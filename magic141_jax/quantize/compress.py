@@ -1,6 +1,6 @@
 """(network, params) -> (network', params') with kernels in forms of fewer bytes; `stored.dense` is the way back.
 
-Quantized values are qwix's, symmetric, with one scale for each column and group of rows. A value of 4 bits has fifteen
+Quantized values are qwix's, symmetric, with one scale for each column and group of rows. A value of 4 bits has sixteen
 levels, so that where a group is clipped matters: of a few shares of its largest value the one is taken that leaves the
 least squared error, each row counted as strongly as its input is (AWQ's clipping, arXiv 2306.00978 section 3).
 

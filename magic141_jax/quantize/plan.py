@@ -58,9 +58,12 @@ def plan(
       spare: paths that are too sensitive for the main form.
 
     Raises:
-      UserError: no path matches.
+      UserError: no path matches, or `paths` is no regex.
     """
-    chosen = {path for path in kernels if re.search(paths, path)}
+    try:
+        chosen = {path for path in kernels if re.search(paths, path)}
+    except re.error as error:
+        raise UserError(f"the paths {paths!r} are no regular expression: {error}") from None
     if not chosen:
         raise UserError(f"no kernel's path matches {paths!r}, so none would be in the form {main.values}")
     made = {}

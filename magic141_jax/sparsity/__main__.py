@@ -47,10 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("nothing to prune: give --pattern, or what to keep of --heads, --neurons, --double_blocks...")
     enable_compilation_cache()
     source = find_folder(args.source)
+    weights.require_apart(source, args.target)
     model = load_plain(weights.part(source, TRANSFORMER))
     found = calibration.examples(TextToVideoPipeline.from_pretrained(source), calibration.read_prompts(args.prompts))
     _, truth = Measured(*model)(model.params, found)
     if args.norms is not None:
+        args.norms.parent.mkdir(parents=True, exist_ok=True)
         save_file({path: np.asarray(x) for path, x in calibration.norms(*model, found).items()}, args.norms)
     small = _cut(model, args, found)
     if args.pattern is not None:
