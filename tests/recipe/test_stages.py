@@ -9,7 +9,10 @@ from magic141_jax.errors import UserError
 from magic141_jax.recipe import __main__ as cli
 from magic141_jax.recipe import stages
 
-MAKE = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.mkdir(parents=True); (p / 'model_index.json').write_text('{}')"
+MAKE = (
+    "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.mkdir(parents=True); "
+    "(p / 'model_index.json').write_text('{}')"
+)
 
 
 def comparison(lost):
