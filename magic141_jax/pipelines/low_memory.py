@@ -10,13 +10,12 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from magic141_jax import weights
 from magic141_jax.models.network import Network
 from magic141_jax.models.resident import Lend, Room, at_once, when_needed
 from magic141_jax.models.text import TextEncoder
 from magic141_jax.models.tiling import WHOLE, in_squares
 from magic141_jax.pipelines.text_cache import CachedTextEncoder, digest
-
-LENT = ("transformer", "vae", "text_encoder", "image_encoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +44,9 @@ class LowMemory:
         """How each component's parameters are held, by its name."""
         if self.offload:
             room = self.offload if isinstance(self.offload, Room) else Room()
-            return {name: room.lender() for name in LENT}
+            return {name: room.lender() for name in weights.COMPONENTS}
         text = at_once if self.text_cache is None else when_needed
-        return dict.fromkeys(LENT, at_once) | {"text_encoder": text}
+        return dict.fromkeys(weights.COMPONENTS, at_once) | {"text_encoder": text}
 
     def in_tiles(self, vae: Network) -> Network:
         """An autoencoder that works in tiles, if any are asked for; its parameters are the same."""
