@@ -37,7 +37,7 @@ from magic141_jax.models.network import Network
 from magic141_jax.models.text import MiniLMTextEncoder, TextEncoder
 from magic141_jax.pipelines import published
 from magic141_jax.pipelines.media import Fit
-from magic141_jax.pytree import Params, require_match
+from magic141_jax.pytree import Params, flatten, require_match
 
 DEFAULT = "default"
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "weights" / "emoji64_4step"
@@ -182,6 +182,11 @@ def _replacement(given: Path, own: Path) -> Path:
 def _with_lora(components: Components, file: Path, scale: float) -> Components:
     """The same with the adapters of a file merged into the transformer."""
     network, params = components.transformer
+    if any(map(stored.is_part, flatten(network.abstract_params))):
+        raise UserError(
+            "a LoRA is merged into plain kernels, and these are quantized or packed; "
+            "expand them first: python -m magic141_jax.quantize SRC DST --expand"
+        )
     layout = hunyuan_dit if network.config.refiner_blocks else flux_dit
     adapters = lora_lib.load(file, layout.table(network.config), network.abstract_params)
     where = jax.tree.map(lambda leaf: leaf.sharding, params)
@@ -243,6 +248,8 @@ def load_model(
 def load_plain(folder: Path, **options: Any) -> Model:
     """As `load_model`, with dense kernels whatever form they are held in: to train on, to prune, to compare with."""
     network, params = load_model(folder, **options)
+    if not any(map(stored.is_part, flatten(params))):
+        return Model(network, params)
     build = next(module for config_class, module in MODELS.values() if type(network.config) is config_class)
     return Model(Network.create(build, network.config), stored.dense(network, params))
 

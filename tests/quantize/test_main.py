@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from magic141_jax import weights
 from magic141_jax.diffusion.conditioning import Conditioning, known_latents
+from magic141_jax.errors import UserError
 from magic141_jax.models import stored
 from magic141_jax.pipelines import TextToVideoPipeline, calibration
 from magic141_jax.pipelines.calibration import Example
@@ -166,6 +168,14 @@ def test_expanding_gives_the_same_kernels(small, tmp_path):
     assert zeros.mean() >= 0.5, "what was pruned is zero still"
     assert size(small[0]) < size(tmp_path / "plain")
     load_components(tmp_path / "plain")
+
+
+def test_a_lora_is_for_plain_kernels(small, tmp_path):
+    name = "transformer.transformer_blocks.0.attn.to_v"
+    tensors = {f"{name}.lora_A.weight": np.ones((2, 16), np.float32), f"{name}.lora_B.weight": np.ones((16, 2))}
+    save_file({key: value.astype(np.float32) for key, value in tensors.items()}, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match="quantize SRC DST --expand"):
+        load_components(small[0], lora=tmp_path / "lora.safetensors")
 
 
 def test_without_calibration_and_other_components(folder, tmp_path):
