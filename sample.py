@@ -66,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             mesh=mesh,
             lora=args.lora,
             lora_scale=args.lora_scale,
+            offload=args.offload,
+            text_cache=args.text_cache,
+            vae_tiles=args.vae_tiles,
         )
         options = sampling_options(args)
         resolved = resolve(options, pipeline.components)
@@ -108,6 +111,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lora_scale", type=float, default=1.0, help="how strongly the adapters count")
     add("--dtype", choices=("float32", "bfloat16"), help="of the large networks; by default bfloat16 but on a CPU")
     add("--mesh", help=f"devices along {', '.join(AXES)}, such as fsdp=2,context=4; one device unless given")
+    add(
+        "--offload",
+        action="store_true",
+        help="one network on the devices at a time; a window then moves two",
+    )
+    add("--text_cache", type=Path, help="a folder that keeps encoded prompts; for those no text encoder is read")
+    add("--vae_tiles", type=int, help="squares of pixels, such as 256, in which the VAE works on larger pictures")
     add("--output", type=Path, default=Path("out.mp4"), help=", ".join(media.FORMATS))
     add("--num_videos", type=int, default=1, help="how many; out-0.mp4 and so on if more than 1")
     add("--upscale", type=int, help="enlarges what is written (Lanczos); by default to some 256 pixels, 1 keeps them")
@@ -200,8 +210,9 @@ def make_video(
     bar.set_description("image")
     stream = stream_video(pipeline, args.prompt, total_frames=about["frames"], image=image, **options)
     bar.set_description("video")
+    clip = stream if path != still else ()  # of a png no window is computed, by any process
     if not processes.leads():
-        for _ in stream:
+        for _ in clip:
             pass
         return
     # A dict, because a png output is its own still.
@@ -211,7 +222,7 @@ def make_video(
         media.write_image(names[still], stream.image, about, upscale=args.upscale)
         if path != still:
             with media.BackgroundWriter(names[path], about["fps"], about, upscale=args.upscale) as writer:
-                for frames in stream:
+                for frames in clip:
                     writer.write(frames)
                     bar.update(len(frames))
         names[sidecar].write_text(json.dumps(about, indent=2) + "\n")
@@ -220,7 +231,8 @@ def make_video(
 
 def timing_line(seconds: dict[str, float], elapsed: float, length: float) -> str:
     """Seconds by stage, and the real-time factor: seconds of work, compilation apart, per second of video."""
-    stages = ", ".join(f"{name} {seconds[name]:.2f} s" for name in ("text", "image", "video", "decode", "compile"))
+    names = ("text", "image", "video", "decode", "compile", *(name for name in ("move",) if name in seconds))
+    stages = ", ".join(f"{name} {seconds[name]:.2f} s" for name in names)
     working = elapsed - seconds["compile"]
     return (
         f"{stages}; {length:.1f} s of video in {working:.2f} s without compilation: "

@@ -15,6 +15,7 @@ from PIL import Image
 
 from magic141_jax.errors import UserError
 from magic141_jax.pipelines import media
+from magic141_jax.pipelines.long_video import VideoStream
 
 SCRIPT = Path(__file__).resolve().parents[1] / "sample.py"
 PROMPT = "a red shark moves left"
@@ -91,10 +92,32 @@ def test_a_mesh_makes_the_same_picture(run, quick_compilation):
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
+def test_short_of_memory_the_picture_is_the_same(run, tmp_path, capsys):
+    saving = ["--offload", "--text_cache", str(tmp_path / "cache"), "--vae_tiles", "32"]
+    stills = []
+    for flags in ([], saving, saving):
+        stills.append((run("--upscale", "1", *flags, output="out.png") / "out.png").read_bytes())
+        assert ("move" in capsys.readouterr().out) == bool(flags)
+    assert stills[0] == stills[1] == stills[2]
+    assert len(names(tmp_path / "cache")) == 2
+
+
 def test_of_several_processes_the_first_one_writes(run, sample, monkeypatch, capsys):
     monkeypatch.setattr(sample.processes, "leads", lambda: False)
     assert names(run("--duration", "1")) == []
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_no_process_computes_a_video_for_a_png(run, sample, monkeypatch, leads):
+    def windows():
+        raise AssertionError("a process that does not write computes what the others don't, and waits for ever")
+        yield
+
+    still = VideoStream(np.zeros((32, 32, 3), np.float32), windows())
+    monkeypatch.setattr(sample.processes, "leads", lambda: leads)
+    monkeypatch.setattr(sample, "stream_video", lambda *_, **__: still)
+    assert names(run(output="out.png")) == ["out.json", "out.png"] * leads
 
 
 def test_png_is_the_image_alone(run):
@@ -127,6 +150,8 @@ def test_png_is_the_image_alone(run):
         (["--output", "out.mov"], "unknown extension"),
         (["--output", "missing/out.mp4"], "no folder"),
         (["--weights", "./missing"], "no weights folder"),
+        (["--vae_tiles", "100"], "multiple of 32"),
+        (["--text_cache", str(SCRIPT)], "can't make the folder"),
         (["--mesh", "fdsp=2"], "'fdsp'.*Did you mean 'fsdp'"),
         (["--mesh", "fsdp=two"], "'two'"),
         (["--mesh", "fsdp=3"], "does not fit 8 devices"),

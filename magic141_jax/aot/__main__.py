@@ -53,6 +53,8 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_integer(
         "batch", None, "How many clips a pipeline's program makes at once; 1 unless said.", flag_values=values
     )
+    text = "With --program=sampler: how its kernels are held, such as int4 or '2:4 int8'."
+    flags.DEFINE_string("kernels", "", text, flag_values=values)
     text = "Say where each array of the program lies, and end."
     flags.DEFINE_bool("shardings", False, text, flag_values=values)
     text = "Compile what the compiler refuses for its memory all the same, for its account; this takes long."
@@ -75,7 +77,10 @@ def main() -> None:
     require_folders(target)
     jax.config.update("jax_platforms", "cpu")
     made = topology.make(values.topology)
-    asked = PROGRAMS[values.program](config.to_dict(), made, values.batch)
+    if values.kernels and values.program != "sampler":
+        raise UserError(f"--kernels is for --program=sampler, not for {values.program}")
+    options = {"kernels": values.kernels} if values.kernels else {}
+    asked = PROGRAMS[values.program](config.to_dict(), made, values.batch, **options)
     if values.shardings:
         print(report.shardings(asked.held))
         return

@@ -56,7 +56,8 @@ UNKNOWN = "-"
 def summary(results: Mapping[str, Any]) -> str:
     """The lines that the command prints, sizes in GiB on each chip."""
     lines = [f"{results['config']} on {results['topology']}: {results['chips']} chips, mesh {_mesh(results)}"]
-    lines.append(f"{_program(results)}: {_what(results)}; {_clip(results)} at once")
+    held = f", kernels in {results['kernels']}" if "kernels" in results else ""
+    lines.append(f"{_program(results)}: {_what(results)}{held}; {_clip(results)} at once")
     lines += [_line(name, _gib(size)) for name, size in results["held"].items()]
     lines.append(f"{_line('held, in all', _gib(_held(results)))} GiB on a chip")
     lines += [_line(name, _gib(size)) for name, size in results.get("memory", {}).items()]
@@ -76,14 +77,15 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def clips(results: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of seconds per clip, a row for each slice and mesh whose encode, sampler and decode are known.
+    """A Markdown table of seconds per clip, a row for each slice and mesh whose encode, sampler and decode are known,
+    with kernels as arrays.
 
     The seconds of the stages of one call are added: encode + sampler + decode, and text before them where it is known.
     The last column is how many seconds of video are made in a second, by the expected time. Empty without such a row.
     """
     groups: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
     for each in results:
-        if _program(each) in STAGES and "roofline" in _times(each):
+        if _program(each) in STAGES and "roofline" in _times(each) and "kernels" not in each:
             key = (each["config"], each["topology"], _mesh(each), _size(each))
             groups.setdefault(key, {})[_program(each)] = each
     whole = [group for group in groups.values() if group.keys() >= NEEDED_STAGES]
@@ -152,7 +154,7 @@ def _row(results: Mapping[str, Any]) -> list[str]:
     times, compiled_in = _times(results), results.get("seconds", {}).get("compile")
     return [
         f"{results['config']}, {results['topology']}",
-        _program(results),
+        ", ".join(filter(None, (_program(results), results.get("kernels")))),
         _mesh(results),
         _clip(results),
         _gib(_held(results)),

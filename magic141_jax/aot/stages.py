@@ -10,7 +10,9 @@ layouts by their widths; the VAE of others is that of config.components_from.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,13 +25,14 @@ from magic141_jax.aot.topology import Topology
 from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.errors import UserError
 from magic141_jax.experiment import ExperimentConfig
-from magic141_jax.models import MODELS, SHARDING_RULES, hunyuan_text
+from magic141_jax.models import MODELS, SHARDING_RULES, hunyuan_text, stored
 from magic141_jax.models.network import Network
 from magic141_jax.models.text import TextStates
 from magic141_jax.models.vae import latent_frames
 from magic141_jax.pipelines import engine
 from magic141_jax.pipelines.components import SamplingSettings, find_folder
-from magic141_jax.pytree import Params
+from magic141_jax.pytree import Params, flatten
+from magic141_jax.quantize import plan
 
 # Channels of the latents -> the published VAE that makes them
 VAES = {16: {"model": "hunyuan_vae"}}
@@ -60,15 +63,20 @@ class Call(NamedTuple):
         return b, frames, y // vae.spatial_factor, x // vae.spatial_factor, vae.latent_channels
 
 
-def sampler(values: Mapping[str, Any], topology: Topology, batch: int | None = None) -> Program:
+def sampler(values: Mapping[str, Any], topology: Topology, batch: int | None = None, *, kernels: str = "") -> Program:
     """The walk from noise to the latents of a batch of clips, one unless said, with the first frame known.
 
+    `kernels` is how the transformer's are held: a name of `quantize.plan.FORMS`, maybe with what a pruned network keeps
+    in front ("2:4 int8"); by default as arrays in bfloat16.
+
     Raises:
-      UserError: a config that says no way to sample, or a network that isn't a transformer.
+      UserError: a config that says no way to sample, a network that isn't a transformer, or an unknown form.
     """
     call = _open(values, topology, batch)
     made_for, image_tokens = call.sampling, _image_tokens(call)
     network = _network(call.config.model, "config.model", compute_dtype="bfloat16")
+    if kernels:
+        network = _held(network, kernels)
     config, vae = network.config, _vae(call.config).config
     size, rows = call.latents(vae), call.config.data.text_length
     if call.config.image_encoder:
@@ -100,7 +108,10 @@ def sampler(values: Mapping[str, Any], topology: Topology, batch: int | None = N
         "keep": made_for.keep_known,
     }
     what = f"{made_for.num_inference_steps} {made_for.sampler} steps{' with guidance' * guided}"
-    return _stage(call, engine._denoise, network, (walk,), static=static, what=what)
+    asked = _stage(call, engine._denoise, network, (walk,), static=static, what=what)
+    if not kernels:
+        return asked
+    return dataclasses.replace(asked, description={**asked.description, "kernels": kernels})
 
 
 def decode(values: Mapping[str, Any], topology: Topology, batch: int | None = None) -> Program:
@@ -180,6 +191,20 @@ def _network(values: Mapping[str, Any], where: str, **overrides: Any) -> Network
     return Network.create(module, settings.build(config_class, fields | overrides, where=where))
 
 
+def _held(network: Network, kernels: str) -> Network:
+    """The network with its kernels in a form, as `python -m magic141_jax.quantize` would leave them."""
+    *pattern, name = kernels.split()
+    keep = [re.fullmatch(r"(\d+):(\d+)", word) for word in pattern]
+    if not all(keep) or len(keep) > 1:
+        raise UserError(f"--kernels is {kernels!r}; write a form such as int4, or 2:4 int8")
+    main = plan.named(name)
+    if keep:
+        main = dataclasses.replace(main, keep=tuple(map(int, keep[0].groups())))
+    rest = main if main.values not in stored.QUANTIZED else plan.named("int8")
+    shapes = {path: x for path, x in flatten(network.abstract_params).items() if path.endswith(stored.KERNEL)}
+    return stored.stored(network, plan.plan(shapes, main, dataclasses.replace(rest, keep=None), pack=False))
+
+
 def _vae(config: ExperimentConfig) -> Network:
     channels, stored = _network(config.model, "config.model").config.out_channels, {}
     if config.components_from:
@@ -217,7 +242,8 @@ def _stage(
     dtype = jnp.dtype(getattr(network.config, "compute_dtype", "float32"))
     params = network.abstract_params
     where = sharding.shardings(params, call.mesh, SHARDING_RULES.get(kind, ()))
-    params = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=at), params, where)
+    shapes = stored.cast(params, dtype)
+    params = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, where)
     bound = functools.partial(function, network, **(static or {}))
     description = {
         "what": what,

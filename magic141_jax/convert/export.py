@@ -30,7 +30,7 @@ from magic141_jax.convert.memory import require_disk
 from magic141_jax.convert.repository import PUBLISHED, is_published
 from magic141_jax.convert.tensors import LazyTensor
 from magic141_jax.errors import UserError, nearest
-from magic141_jax.models import MODELS
+from magic141_jax.models import MODELS, stored
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import require_match, unflatten
 
@@ -119,6 +119,8 @@ def plan_component(folder: Path, dtype: str | None = None) -> Plan:
     kind = mapping.pop("model", None)
     if kind not in MODELS:
         raise UserError(f"{folder / 'config.json'} names the model {kind!r}.{nearest(str(kind), MODELS)}")
+    if mapping.pop(stored.KEY, None):
+        raise UserError(f"{folder} holds kernels in forms of our own: {stored.EXPAND}")
     config_class, module = MODELS[kind]
     config = settings.build(config_class, mapping, where=f"{folder.name}/config.json")
     name, theirs = _published_config(kind, config, folder)
@@ -131,10 +133,10 @@ def plan_component(folder: Path, dtype: str | None = None) -> Plan:
 
 def open_ours(folder: Path) -> dict[str, LazyTensor]:
     """The parameters of one of our component folders, still on disk; int8 ones become float32 when read."""
-    stored = tensors.open_tensors(folder)
+    held = tensors.open_tensors(folder)
     leaves = {}
-    for path, tensor in stored.items():
-        scale = stored.get(path + weights.SCALE)
+    for path, tensor in held.items():
+        scale = held.get(path + weights.SCALE)
         if scale is not None:
             tensor = LazyTensor(tensor.shape, np.dtype(np.float32), _scaled(tensor, scale))
         if not path.endswith(weights.SCALE):

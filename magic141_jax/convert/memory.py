@@ -22,10 +22,10 @@ from magic141_jax.pytree import Params
 
 
 def layout(abstract_params: Params, mesh: Mesh | None, rules: sharding.Rules = ()) -> Any:
-    """The sharding of every parameter: by the mesh and its rules, or the first device where there is no mesh."""
+    """The sharding of every parameter: by the mesh and its rules, or the default device where there is no mesh."""
     if mesh is not None:
         return sharding.shardings(abstract_params, mesh, rules)
-    one = SingleDeviceSharding(jax.local_devices()[0])
+    one = SingleDeviceSharding(_default_device())
     return jax.tree.map(lambda _: one, abstract_params)
 
 
@@ -50,7 +50,7 @@ def require_memory(
     Raises:
       UserError: they don't; it says how much is needed, how much is free, and what would make it fit.
     """
-    devices = list(mesh.local_devices) if mesh is not None else jax.local_devices()[:1]
+    devices = list(mesh.local_devices) if mesh is not None else [_default_device()]
     needed = memory_needed(abstract_params, dtype, mesh, rules=rules)
     free = memory_free(devices[0])
     # All CPU devices of a process share the host's memory.
@@ -84,6 +84,11 @@ def gigabytes(size: int) -> str:
         if size >= scale:
             return f"{size / scale:.1f} {unit}"
     return f"{size} B"
+
+
+def _default_device() -> jax.Device:
+    """Where new arrays are made: the first device, unless a context such as `sharding.on_host` says another."""
+    return next(iter(jnp.zeros(()).devices()))
 
 
 def _remedy(needed: int, free: int, platform: str, abstract_params: Params, **placing: Any) -> str:

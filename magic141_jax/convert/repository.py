@@ -10,6 +10,7 @@ taken, and the parameters go onto their devices layer by layer.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from magic141_jax.convert.tensors import LazyTensor, open_tensors
 from magic141_jax.errors import UserError, nearest
 from magic141_jax.models import MODELS, SHARDING_RULES
 from magic141_jax.models.network import Network
+from magic141_jax.models.resident import Held, Lend, Source, at_once
 from magic141_jax.pytree import Params, flatten
 
 
@@ -129,8 +131,10 @@ def open_component(folder: Path, **overrides: Any) -> Component:
     return Component(folder, name, ", ".join(written_by), network, tensors, table)
 
 
-def load(folder: Path, *, dtype: Any = None, mesh: Mesh | None = None, **overrides: Any) -> tuple[Network, Params]:
-    """Loads a published component folder onto a mesh, or onto the first device.
+def load(
+    folder: Path, *, dtype: Any = None, mesh: Mesh | None = None, lend: Lend = at_once, **overrides: Any
+) -> tuple[Network, Held]:
+    """Loads a published component folder onto a mesh, or onto the default device.
 
     Host memory stays within a few times the largest tensor of the files, whatever the size of the network.
 
@@ -138,6 +142,7 @@ def load(folder: Path, *, dtype: Any = None, mesh: Mesh | None = None, **overrid
       folder: with config.json and safetensors.
       dtype: of floating-point parameters; the config's compute_dtype unless given, float32 where it has none.
       mesh: devices over which the parameters are laid by the network's rules.
+      lend: when they are read, and how long they stay.
       overrides: what the published config doesn't say, such as compute_dtype or remat.
 
     Raises:
@@ -146,9 +151,13 @@ def load(folder: Path, *, dtype: Any = None, mesh: Mesh | None = None, **overrid
     component = open_component(folder, **overrides)
     abstract = component.network.abstract_params
     dtype = dtype or getattr(component.network.config, "compute_dtype", "float32")
-    require_memory(abstract, dtype, mesh, what=str(folder), rules=component.rules)
-    place = OnDevices(flatten(layout(abstract, mesh, component.rules)), dtype)
-    return component.network, to_ours(component.tensors, component.table, abstract, place=place)
+    check = functools.partial(require_memory, abstract, dtype, what=str(folder), rules=component.rules)
+
+    def read(mesh: Mesh | None) -> Params:
+        place = OnDevices(flatten(layout(abstract, mesh, component.rules)), dtype)
+        return to_ours(component.tensors, component.table, abstract, place=place)
+
+    return component.network, lend(Source(component.network, read, mesh, component.rules, check))
 
 
 def class_name(config: Mapping[str, Any], folder: Path) -> str:

@@ -19,6 +19,7 @@ and, of the first captions, further draws under other noise. Measures of a kind,
     diversity          `features.diversity` over noises: of the pictures (t2v), of the clips (i2v, text)
     dit_seconds        of the transformer alone a clip, in batches of one size: t2v is picture and clip
     evaluations        of the network a clip, both passes of guidance counted
+    dit_megabytes      of the transformer's parameters on their devices, in the forms that they are held in
 
 DiT seconds are the median over batches without the first; the engine keeps text, VAE and compilation apart. Seeds are
 the outer loop, so that what else the machine does falls on all rows alike, and what was measured before a cut is
@@ -33,6 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from magic141_jax import weights
@@ -42,6 +44,7 @@ from magic141_jax.evaluation import features, metrics, protocol
 from magic141_jax.evaluation.protocol import BATCH, MAX_SEED, SPLITS, Clips, Progress, Values
 from magic141_jax.evaluation.templates import Search
 from magic141_jax.models.mmdit import MMDiTConfig
+from magic141_jax.models.resident import taken
 from magic141_jax.pipelines.components import find_folder
 from magic141_jax.pipelines.options import PipelineOutput, SamplingOptions, resolve
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
@@ -220,6 +223,8 @@ def compare(
                 made = make(row, clips, noises, kinds=plan.kinds)
                 progress(f"{name}, {split}, seed {seed}: made")
                 values[name][split] = measure(made, clips, judge, resolved=row.resolved, config=_config(row))
+                for found in values[name][split].values():
+                    found["dit_megabytes"] = megabytes(row)
                 progress(f"{name}, {split}, seed {seed}: measured")
         yield seed, values
 
@@ -303,6 +308,11 @@ def evaluations(options: SamplingOptions, config: MMDiTConfig) -> int:
     steps = options.num_inference_steps
     walked = 2 * steps - 1 if options.sampler == "heun" else steps  # Heun's last step is an Euler step
     return walked * (1 if options.guidance_scale == 1 or config.guidance_embedding else 2)
+
+
+def megabytes(row: Loaded) -> float:
+    """10^6 bytes of the buffers that hold the row's transformer."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(taken(row.pipeline.components.transformer.params))) / 1e6
 
 
 def _timed(

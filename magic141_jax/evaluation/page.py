@@ -2,7 +2,7 @@
 
     RESULTS/index.toml    title, text and [[experiment]]: what was asked, how to repeat it (see `Experiment`)
     RESULTS/NAME.json     what `compare --output` wrote for the experiment with file = "NAME.json"
-    DOCS/experiments.md   is made of them, with DOCS/experiments/NAME-SPLIT.svg where an experiment is a curve
+    DOCS/experiments.md   is made of them (or `page` of the index), with DOCS/experiments/NAME-SPLIT.svg for curves
 
 The same results make the same page, byte by byte.
 """
@@ -43,7 +43,7 @@ class Experiment:
     title: str
     text: str
     commands: tuple[str, ...]
-    plot: Literal["", "steps", "evaluations"] = ""
+    plot: Literal["", "steps", "evaluations", "megabytes"] = ""
     measures: tuple[str, ...] = plots.MEASURES
     goal: bool = False
 
@@ -58,11 +58,12 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """The index: the page's title, its opening text (Markdown), and its experiments in their order."""
+    """The index: the page's title, its opening text (Markdown), its experiments in their order, and its file name."""
 
     title: str
     text: str
     experiment: tuple[Experiment, ...]
+    page: str = PAGE
 
 
 def write(results: Path, docs: Path) -> list[Path]:
@@ -74,13 +75,13 @@ def write(results: Path, docs: Path) -> list[Path]:
     index = read_index(results)
     found = read_results(results, index)
     if not docs.is_dir():
-        raise UserError(f"no folder {docs} to write {PAGE} into")
+        raise UserError(f"no folder {docs} to write {index.page} into")
     if not results.resolve().is_relative_to(docs.resolve()):
         raise UserError(f"{results} is not below {docs}, so the page can't link to its values; move it there")
     files: dict[str, str] = {}
     for experiment in (e for e in index.experiment if e.file in found):
         files |= _plots(experiment, found[experiment.file])
-    files[PAGE] = text(index, found, where=results.resolve().relative_to(docs.resolve()).as_posix())
+    files[index.page] = text(index, found, where=results.resolve().relative_to(docs.resolve()).as_posix())
     for name, content in files.items():
         (docs / name).parent.mkdir(exist_ok=True)
         report.write(docs / name, content)

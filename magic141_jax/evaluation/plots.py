@@ -1,9 +1,10 @@
-"""Curves over the rows of a comparison as an SVG file: quality against training steps, or against network evaluations.
+"""Curves over the rows of a comparison as an SVG file: quality against training steps, evaluations or memory.
 
 Rows named NAME@STEP are the points of one line NAME:
 
     axis "steps"         x is STEP; a row without one is a level that the lines are held against
     axis "evaluations"   x is measured: evaluations of the network a clip (`compare.evaluations`)
+    axis "megabytes"     x is measured: bytes of the transformer; rows need no STEP
 
 A point is the mean over seeds, and the band around a line one sample deviation to both sides. The same values make the
 same file, byte by byte.
@@ -21,9 +22,14 @@ import numpy as np
 from magic141_jax.errors import UserError
 from magic141_jax.evaluation.standing import KINDS, TABLE
 
-Axis = Literal["steps", "evaluations"]
+Axis = Literal["steps", "evaluations", "megabytes"]
 
-AXES = {"steps": "training steps", "evaluations": "evaluations of the network a clip"}
+AXES = {
+    "steps": "training steps",
+    "evaluations": "evaluations of the network a clip",
+    "megabytes": "MB of the transformer",
+}
+MEASURED = {"evaluations": "evaluations", "megabytes": "dit_megabytes"}
 MEASURES = ("last_identity", "motion", "frechet")
 PANEL_INCHES = (3.6, 2.7)
 STYLE = {"svg.hashsalt": "magic141_jax", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
@@ -57,11 +63,11 @@ def split_label(label: str) -> tuple[str, int | None]:
 
 def lines(rows: Mapping[str, Any], split: str, kind: str, *, measure: str, axis: Axis) -> list[Line]:
     """The lines of one panel, in order of their first rows."""
-    points: dict[str, list[tuple[int | None, list[float]]]] = {}
+    points: dict[str, list[tuple[float | None, list[float]]]] = {}
     for label, row in rows.items():
         name, step = split_label(label)
         values = [seed[kind] for seed in row["values"][split].values()]
-        x = step if axis == "steps" else values[0]["evaluations"]
+        x = step if axis == "steps" else values[0][MEASURED[axis]]
         points.setdefault(name, []).append((x, [v[measure] for v in values]))
     found = []
     for name, of in points.items():

@@ -25,7 +25,8 @@ NOTES = (
     "appearance and change statistics, to true clips of the same scenes; 0 is best, and it is comparable at equal "
     "numbers of captions only. Diversity: distance of samples of a caption under several noises, over the first row's "
     "(T2V: of the pictures). DiT seconds: the transformer alone, a clip, compiled, in batches of one size (T2V: "
-    "picture and clip). Evaluations: of the network, a clip, both passes of guidance. Bold: the best of a column, if "
+    "picture and clip). Evaluations: of the network, a clip, both passes of guidance. DiT MB: what the transformer's "
+    "parameters take on the device, 10^6 bytes. Bold: the best of a column, if "
     "its mean ± deviation lies apart from all others."
 )
 ROUNDING = 1e-9
@@ -56,6 +57,7 @@ TABLE = (
     Column("Fréchet distance", "frechet", better=-1),
     Column("evaluations", "evaluations", "{:.0f}", better=0),
     Column("DiT seconds", "dit_seconds", "{:.3g}", better=0),
+    Column("DiT MB", "dit_megabytes", "{:.1f}", better=0),
 )
 
 

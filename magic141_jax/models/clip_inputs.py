@@ -19,8 +19,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from magic141_jax import weights
 from magic141_jax.errors import UserError
 from magic141_jax.models.network import Network
+from magic141_jax.models.resident import Held, require_match
 from magic141_jax.models.text import in_batches, read_tokenizer, require_prompts, warn_if_truncated
-from magic141_jax.pytree import Params, require_match
 from magic141_jax.shapes import Pooled
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -31,7 +31,7 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 class ClipPooler:
     """Prompts -> pooled vectors (b, p) of a `ClipText` network, from the raw prompts."""
 
-    def __init__(self, network: Network, params: Params, tokenizer: Tokenizer) -> None:
+    def __init__(self, network: Network, params: Held, tokenizer: Tokenizer) -> None:
         require_match(params, network.abstract_params, what="the CLIP text encoder")
         if tokenizer.get_vocab_size() > network.config.vocabulary or tokenizer.token_to_id(END) is None:
             raise UserError(

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 from magic141_jax.errors import UserError
 from magic141_jax.models.network import Network
+from magic141_jax.models.resident import Held, require_match
 from magic141_jax.models.text import TextStates, in_batches, require_prompts, warn_if_truncated
-from magic141_jax.pytree import Params, require_match
 from magic141_jax.shapes import Pooled, TokenIds
 
 PAD = "<pad>"
@@ -31,7 +31,7 @@ class FluxTextEncoder:
     def __init__(
         self,
         network: Network,
-        params: Params,
+        params: Held,
         tokenizer: Tokenizer,
         *,
         pool: Callable[[Sequence[str]], Pooled],

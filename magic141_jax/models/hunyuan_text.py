@@ -27,8 +27,9 @@ from magic141_jax.models.clip_inputs import ClipPooler, ImageProcessor, read_cli
 from magic141_jax.models.clip_inputs import read_image_processor as _read_image_processor
 from magic141_jax.models.llava import LlavaConfig
 from magic141_jax.models.network import Network
+from magic141_jax.models.resident import Held, require_match
 from magic141_jax.models.text import TextStates, in_batches, read_tokenizer, require_prompts, warn_dropped
-from magic141_jax.pytree import Params, require_match
+from magic141_jax.pytree import Params
 
 MAX_BATCH = 8  # of prompts at once: a prompt with its picture is 934 tokens
 PROMPT_TOKENS = 256
@@ -95,8 +96,8 @@ class HunyuanTextEncoder:
 
     def __init__(
         self,
-        language: tuple[Network, Params],
-        clip: tuple[Network, Params],
+        language: tuple[Network, Held],
+        clip: tuple[Network, Held],
         tokenizer: Tokenizer,
         clip_tokenizer: Tokenizer,
         *,

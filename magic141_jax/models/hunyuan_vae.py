@@ -389,24 +389,10 @@ class HunyuanVAE(VideoVAE):
 
     def encode(self, frames: Frames) -> tuple[Latents, Latents]:
         """Frames (b, t, y, x, 3) in [-1, 1] -> mean and log-variance of the raw latents (b, f, h, w, c)."""
-        config = self.config
-        moments = tiled_encode(
-            lambda tile: self.quant(self.encoder(tile)),
-            frames,
-            config.tiling,
-            spatial_factor=config.spatial_factor,
-            temporal_factor=config.temporal_factor,
-        )
+        moments = self.in_tiles(tiled_encode, lambda tile: self.quant(self.encoder(tile)), frames)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
     def decode(self, raw: Latents) -> Frames:
         """Raw latents (b, f, h, w, c) -> frames (b, t, y, x, 3) around [-1, 1], not clipped."""
-        config = self.config
-        return tiled_decode(
-            lambda tile: self.decoder(self.post_quant(tile)),
-            raw,
-            config.tiling,
-            spatial_factor=config.spatial_factor,
-            temporal_factor=config.temporal_factor,
-        )
+        return self.in_tiles(tiled_decode, lambda tile: self.decoder(self.post_quant(tile)), raw)

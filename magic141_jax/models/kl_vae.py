@@ -18,6 +18,7 @@ from flax import nnx
 
 from magic141_jax.models import halo
 from magic141_jax.models.hunyuan_vae import LOGVAR_RANGE, Decoder, Encoder, Stride, require_groups
+from magic141_jax.models.tiling import WHOLE, Tiling, tiled_decode, tiled_encode
 from magic141_jax.models.vae import VideoVAE
 from magic141_jax.shapes import Frames, Latents
 
@@ -44,6 +45,7 @@ class KLVAEConfig:
     latent_mean: float = 0.1159
     latent_std: float = 1 / 0.3611
     mid_block_add_attention: bool = True
+    tiling: Tiling = WHOLE
 
     def __post_init__(self) -> None:
         require_groups(self)
@@ -97,12 +99,13 @@ class KLVAE(VideoVAE):
 
     def encode(self, frames: Frames) -> tuple[Latents, Latents]:
         """Frames (b, t, y, x, 3) in [-1, 1] -> mean and log-variance of the raw latents (b, t, h, w, c)."""
-        mean, logvar = jnp.split(_frame_by_frame(self.encoder, frames), 2, axis=-1)
+        moments = self.in_tiles(tiled_encode, lambda tile: _frame_by_frame(self.encoder, tile), frames)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
     def decode(self, raw: Latents) -> Frames:
         """Raw latents (b, t, h, w, c) -> frames (b, t, y, x, 3) around [-1, 1], not clipped."""
-        return _frame_by_frame(self.decoder, raw)
+        return self.in_tiles(tiled_decode, lambda tile: _frame_by_frame(self.decoder, tile), raw)
 
 
 def _frame_by_frame(coder: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 
 from magic141_jax.errors import UserError
 from magic141_jax.models.kl_vae import ImageConv
+from magic141_jax.models.tiling import WHOLE, Tiling, tiled_decode, tiled_encode
 from magic141_jax.models.vae import VideoVAE, latent_frames
 from magic141_jax.pytree import Params
 from magic141_jax.shapes import Frames, Latents
@@ -43,7 +44,10 @@ SHARDING_RULES = ((r".*\.(expand|embed|fold)\.kernel", (None, "tensor")), (r".*\
 
 @dataclasses.dataclass(frozen=True)
 class PatchVAEConfig:
-    """Sizes of a `PatchVAE`; latent_mean and latent_std hold one number per channel, or one for all."""
+    """Sizes of a `PatchVAE`; latent_mean and latent_std hold one number per channel, or one for all.
+
+    `tiling` decides how long and large videos are cut up; by default they are not.
+    """
 
     latent_channels: int = 32
     widths: tuple[int, int] = (96, 192)  # at 1/4 and at 1/8 of the resolution
@@ -54,6 +58,7 @@ class PatchVAEConfig:
     temporal_factor: int = 4
     latent_mean: tuple[float, ...] = (0.0,)
     latent_std: tuple[float, ...] = (1.0,)
+    tiling: Tiling = WHOLE
 
 
 class Block(nnx.Module):
@@ -111,6 +116,15 @@ class PatchVAE(VideoVAE):
         if height % 8 or width % 8:
             near = f"{max(round(height / 8), 1) * 8}x{max(round(width / 8), 1) * 8}"
             raise UserError(f"frames of {height}x{width}: both sides must be multiples of 8, the nearest is {near}")
+        mean, logvar = jnp.split(self.in_tiles(tiled_encode, self._moments, frames), 2, axis=-1)
+        return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+    def decode(self, raw: Latents) -> Frames:
+        """See `VideoVAE.decode`."""
+        return self.in_tiles(tiled_decode, self._frames, raw)
+
+    def _moments(self, frames: Frames) -> Latents:
+        """Mean and log-variance, not clipped, side by side."""
         frames = split_space(jnp.concatenate([jnp.repeat(frames[:, :1], PATCH - 1, axis=1), frames], axis=1))
         x = self.embed(_fold(frames, PATCH, PATCH))
         for block in self.encoder_fine:
@@ -120,10 +134,10 @@ class PatchVAE(VideoVAE):
             x = block(x)
         mean, logvar = jnp.split(self.to_latent(x), 2, axis=-1)
         mean += self.encoder_shortcut(_fold(frames, PATCH, 2 * PATCH))
-        return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+        return jnp.concatenate([mean, logvar], axis=-1)
 
-    def decode(self, raw: Latents) -> Frames:
-        """See `VideoVAE.decode`."""
+    def _frames(self, raw: Latents) -> Frames:
+        """Decodes one tile."""
         raw = split_space(raw)
         x = self.from_latent(raw)
         for block in self.decoder_coarse:

@@ -40,6 +40,7 @@ Values = Literal["float32", "bfloat16", "int8", "int4", "float8_e4m3fn"]
 QUANTIZED = ("int8", "int4", "float8_e4m3fn")
 KERNEL = ".kernel"
 KEY = "kernels"  # of a component's config.json: {path of a kernel: its form}
+EXPAND = "write plain ones with python -m magic141_jax.quantize SRC DST --expand"
 SELECT = 8  # kept values of a group up to which choosing among them beats a gather
 
 

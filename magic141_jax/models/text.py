@@ -25,7 +25,8 @@ from magic141_jax.errors import UserError
 from magic141_jax.models import encoder, stored
 from magic141_jax.models.encoder import Encoder, EncoderConfig, affine_norm
 from magic141_jax.models.network import Network
-from magic141_jax.pytree import Params, require_match
+from magic141_jax.models.resident import Held, Lend, Source, at_once, require_match, taken
+from magic141_jax.pytree import Params
 from magic141_jax.shapes import Pooled, TokenIds, TokenMask, Tokens
 
 MAX_BATCH = 64
@@ -121,8 +122,8 @@ class MiniLMTextEncoder:
 
     image_tokens = 0
 
-    def __init__(self, config: BertConfig, params: Params, tokenizer: Tokenizer, *, forms: Any = None) -> None:
-        network = stored.as_written(Network.create(Bert, config), forms, "text_encoder/config.json")
+    def __init__(self, network: Network, params: Held, tokenizer: Tokenizer) -> None:
+        config = network.config
         require_match(params, network.abstract_params, what="the text encoder")
         if tokenizer.get_vocab_size() > config.vocabulary:
             raise UserError(
@@ -141,25 +142,37 @@ class MiniLMTextEncoder:
 
     @classmethod
     def from_folder(
-        cls, folder: Path, length: int | None = None, *, mesh: jax.sharding.Mesh | None = None
+        cls,
+        folder: Path,
+        length: int | None = None,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        lend: Lend = at_once,
     ) -> MiniLMTextEncoder:
         """Reads config.json, model.safetensors and tokenizer.json; `length` overrides the config's.
 
-        The parameters are laid over `mesh` by `SHARDING_RULES`, where one is given.
+        The parameters are laid over `mesh` by `SHARDING_RULES`, where one is given, when `lend` says.
 
         Raises:
           UserError: a file is missing, damaged, or doesn't fit the others.
         """
         folder = Path(folder)
-        mapping, params = weights.load(folder)
+        mapping = weights.read_json(folder / "config.json")
         if mapping.pop("model", None) != "bert":
             raise UserError(f'{folder / "config.json"} is not of a BERT text encoder (its "model" must be "bert")')
         forms = mapping.pop(stored.KEY, None)
         config = settings.build(BertConfig, mapping, where="text_encoder")
         if length is not None:
             config = dataclasses.replace(config, length=length)
-        params = sharding.lay(stored.cast(params, jnp.float32), mesh, SHARDING_RULES)
-        return cls(config, params, read_tokenizer(folder / "tokenizer.json"), forms=forms)
+        network = stored.as_written(Network.create(Bert, config), forms, "text_encoder/config.json")
+
+        def read(mesh: jax.sharding.Mesh | None) -> Params:
+            _, params = weights.load(folder)
+            require_match(params, network.abstract_params, what="the text encoder")
+            return sharding.lay(stored.cast(params, jnp.float32), mesh, SHARDING_RULES)
+
+        tokenizer = read_tokenizer(folder / "tokenizer.json")
+        return cls(network, lend(Source(network, read, mesh, SHARDING_RULES)), tokenizer)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Prompts -> token ids (b, s) int32 and mask (b, s) bool; warns about every truncated prompt."""
@@ -183,14 +196,13 @@ def require_prompts(prompts: Sequence[str]) -> None:
         raise UserError("encode takes a non-empty list of prompts")
 
 
-def in_batches(
-    apply: Callable[..., Any], params: Params, inputs: Sequence[np.ndarray], *, limit: int = MAX_BATCH
-) -> Any:
+def in_batches(apply: Callable[..., Any], params: Held, inputs: Sequence[np.ndarray], *, limit: int = MAX_BATCH) -> Any:
     """`apply(params, *inputs)`, whose outputs are a tree of arrays (b, ...), by batches of at most `limit` rows.
 
     A batch is padded to a power of two, so that few sizes are ever compiled. Where the parameters lie on a mesh, it is
     compiled for that one, and the outputs come back whole to every process.
     """
+    params = taken(params)
     mesh = sharding.mesh_of(params)
     apply = sharding.over(mesh, apply)
     made = []

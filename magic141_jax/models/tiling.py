@@ -56,6 +56,17 @@ FRAME_TILES = Tiling()
 WHOLE = Tiling(frames=None)
 
 
+def in_squares(tiling: Tiling, size: int) -> Tiling:
+    """`tiling` with squares of `size` x `size` pixels in space, a quarter of which is blended, as in diffusers.
+
+    Raises:
+      UserError: a size that isn't a positive multiple of 32, so that a quarter of it would be no whole latents.
+    """
+    if size < 32 or size % 32:
+        raise UserError(f"VAE tiles of {size} pixels: take a multiple of 32; 256 is usual")
+    return dataclasses.replace(tiling, size=size, stride=size * 3 // 4)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Cuts:
     """One axis: where tiles start and how long they are (input), and what is kept and blended of each (output)."""

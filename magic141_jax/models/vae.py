@@ -7,6 +7,8 @@ frames are in [0, 1] outside and in [-1, 1] inside the networks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,8 +20,8 @@ from magic141_jax.shapes import Frames, Latents
 class VideoVAE(nnx.Module):
     """Base of the autoencoders. A subclass has `config` and implements `encode` and `decode`.
 
-    `config` has latent_channels, spatial_factor, temporal_factor, and latent_mean and latent_std: one number per
-    channel, or a single one for all.
+    `config` has latent_channels, spatial_factor, temporal_factor, tiling, and latent_mean and latent_std: one number
+    per channel, or a single one for all.
     """
 
     def encode(self, frames: Frames) -> tuple[Latents, Latents]:
@@ -29,6 +31,12 @@ class VideoVAE(nnx.Module):
     def decode(self, raw: Latents) -> Frames:
         """Raw latents (b, f, h, w, c) -> frames (b, t, y, x, 3) around [-1, 1], not clipped."""
         raise NotImplementedError
+
+    def in_tiles(self, cut: Callable[..., jax.Array], function: Callable[[jax.Array], jax.Array], x: jax.Array):
+        """`cut`, which is `tiled_encode` or `tiled_decode`, of `function` over x, as the config's tiling says."""
+        config = self.config
+        factors = {"spatial_factor": config.spatial_factor, "temporal_factor": config.temporal_factor}
+        return cut(function, x, config.tiling, **factors)
 
     def encode_latents(self, frames: Frames) -> Latents:
         """Frames in [0, 1] -> normalised latents: the posterior's mode."""

@@ -34,14 +34,17 @@ from magic141_jax.diffusion.samplers import Sampler
 from magic141_jax.errors import UserError, nearest
 from magic141_jax.models import MODELS, SHARDING_RULES, stored
 from magic141_jax.models.network import Network
+from magic141_jax.models.resident import Held, Lend, Source, at_once
 from magic141_jax.models.text import MiniLMTextEncoder, TextEncoder
 from magic141_jax.pipelines import published
+from magic141_jax.pipelines.low_memory import LowMemory
 from magic141_jax.pipelines.media import Fit
 from magic141_jax.pytree import Params, flatten, require_match
 
 DEFAULT = "default"
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "weights" / "emoji64_4step"
 TEXT_ENCODERS = {"bert": MiniLMTextEncoder.from_folder}
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_processor")
 CACHE_VARIABLE = "MAGIC141_JAX_CACHE"
 SEAM = ("out_channels", "text_width", "pooled_width")  # config fields that the other components have to agree with
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -83,10 +86,10 @@ class SamplingSettings:
 
 
 class Model(NamedTuple):
-    """A network with its parameters."""
+    """A network with its parameters, or with the function that fetches them (`resident.taken`)."""
 
     network: Network
-    params: Params
+    params: Held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,7 @@ def load_components(
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
     transformer: str | Path | None = None,
+    **memory: Any,
 ) -> Components:
     """Reads a weights folder.
 
@@ -135,11 +139,13 @@ def load_components(
       revision: branch, tag or commit on the Hub.
       lora: a safetensors file in PEFT's naming whose adapters are added to the transformer, `lora_scale` times.
       transformer: a component folder that is read in place of the folder's own transformer.
+      **memory: what to save memory on: the fields of `LowMemory`.
 
     Raises:
       UserError: no such folder or repository; a file missing, damaged or truncated; weights that do not fit their
         config, with the first few mismatches.
     """
+    low = settings.build(LowMemory, memory, where="options")
     folder = find_folder(path_or_hub_id, revision)
     own = weights.part(folder, "transformer")
     if transformer is not None:
@@ -148,21 +154,17 @@ def load_components(
     dtype = dtype or default_dtype()
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}; float32 and bfloat16 are known")
-    if published.is_published(index):
-        made = _published_components(folder, index, own, dtype=dtype, mesh=mesh)
-        return made if lora is None else _with_lora(made, Path(lora), lora_scale)
-    if index.get("format") != 1:
-        raise UserError(f"{folder / 'model_index.json'} has format {index.get('format')!r}; this version reads 1")
-    sampling = settings.build(SamplingSettings, index.get("sampling", {}), where="model_index.sampling")
-    part = functools.partial(weights.part, folder)
-    models = {
-        "transformer": load_model(own, overrides={"compute_dtype": dtype}, mesh=mesh),
-        **{name: load_model(part(name), mesh=mesh) for name in ("vae", "image_encoder")},
-    }
-    kind = weights.read_json(part("text_encoder") / "config.json").get("model")
-    text_encoder = _pick(TEXT_ENCODERS, kind, part("text_encoder"))(part("text_encoder"), mesh=mesh)
-    made = Components(folder=folder, text_encoder=text_encoder, sampling=sampling, mesh=mesh, **models)
-    return made if lora is None else _with_lora(made, Path(lora), lora_scale)
+    lend = low.lenders()
+    if lora is not None:
+        lend["transformer"] = functools.partial(_with_lora, lend["transformer"], file=Path(lora), scale=lora_scale)
+    read = _published_components if published.is_published(index) else _own_components
+    made = read(folder, index, own, dtype=dtype, mesh=mesh, lend=lend)
+    text_parts = [path for path in (weights.part(folder, name) for name in TEXT_PARTS) if path.is_dir()]
+    return dataclasses.replace(
+        made,
+        vae=made.vae._replace(network=low.in_tiles(made.vae.network)),
+        text_encoder=low.remembering(made.text_encoder, text_parts, dtype),
+    )
 
 
 def default_dtype() -> Dtype:
@@ -179,33 +181,64 @@ def _replacement(given: Path, own: Path) -> Path:
     return given
 
 
-def _with_lora(components: Components, file: Path, scale: float) -> Components:
-    """The same with the adapters of a file merged into the transformer."""
-    network, params = components.transformer
+def _with_lora(lend: Lend, source: Source, *, file: Path, scale: float) -> Held:
+    """Lends a transformer with the adapters of a file merged into it when it is read."""
+    network = source.network
     if any(map(stored.is_part, flatten(network.abstract_params))):
-        raise UserError(
-            "a LoRA is merged into plain kernels, and these are quantized or packed; "
-            "expand them first: python -m magic141_jax.quantize SRC DST --expand"
-        )
+        raise UserError(f"adapters are merged into plain kernels, which these weights have not: {stored.EXPAND}")
     layout = hunyuan_dit if network.config.refiner_blocks else flux_dit
     adapters = lora_lib.load(file, layout.table(network.config), network.abstract_params)
-    where = jax.tree.map(lambda leaf: leaf.sharding, params)
-    merged = jax.jit(lora_lib.merge, donate_argnums=0, out_shardings=where)(params, adapters, scale)
-    return dataclasses.replace(components, transformer=Model(network, merged))
+
+    def read(mesh: jax.sharding.Mesh | None) -> Params:
+        params = source.read(mesh)
+        where = jax.tree.map(lambda leaf: leaf.sharding, params)
+        return jax.jit(lora_lib.merge, donate_argnums=0, out_shardings=where)(params, adapters, scale)
+
+    return lend(source._replace(read=read))
+
+
+def _own_components(
+    folder: Path,
+    index: Mapping[str, Any],
+    own: Path,
+    *,
+    dtype: Dtype,
+    mesh: jax.sharding.Mesh | None,
+    lend: Mapping[str, Lend],
+) -> Components:
+    """The parts of a weights folder of ours, its transformer from `own`, which is `dtype`."""
+    if index.get("format") != 1:
+        raise UserError(f"{folder / 'model_index.json'} has format {index.get('format')!r}; this version reads 1")
+    sampling = settings.build(SamplingSettings, index.get("sampling", {}), where="model_index.sampling")
+    part = functools.partial(weights.part, folder)
+    models = {
+        "transformer": load_model(own, overrides={"compute_dtype": dtype}, mesh=mesh, lend=lend["transformer"]),
+        **{name: load_model(part(name), mesh=mesh, lend=lend[name]) for name in ("vae", "image_encoder")},
+    }
+    kind = weights.read_json(part("text_encoder") / "config.json").get("model")
+    read_text = _pick(TEXT_ENCODERS, kind, part("text_encoder"))
+    text_encoder = read_text(part("text_encoder"), mesh=mesh, lend=lend["text_encoder"])
+    return Components(folder=folder, text_encoder=text_encoder, sampling=sampling, mesh=mesh, **models)
 
 
 def _published_components(
-    folder: Path, index: Mapping[str, Any], own: Path, *, dtype: Dtype, mesh: jax.sharding.Mesh | None
+    folder: Path,
+    index: Mapping[str, Any],
+    own: Path,
+    *,
+    dtype: Dtype,
+    mesh: jax.sharding.Mesh | None,
+    lend: Mapping[str, Lend],
 ) -> Components:
     """The parts of a pipeline folder in diffusers' layout, its transformer from `own`; all but the VAE are `dtype`."""
-    load = functools.partial(load_model, overrides={"compute_dtype": dtype}, mesh=mesh)
+    load = functools.partial(load_model, overrides={"compute_dtype": dtype}, mesh=mesh, lend=lend["text_encoder"])
     run_time = {"compute_dtype": dtype, "attention": "auto"}
-    transformer = load_model(own, overrides=run_time, mesh=mesh)
+    transformer = load_model(own, overrides=run_time, mesh=mesh, lend=lend["transformer"])
     text_encoder, sampling = published.read(folder, index, transformer.network.config, load)
     return Components(
         folder=folder,
         transformer=transformer,
-        vae=load_model(folder / "vae", mesh=mesh),
+        vae=load_model(folder / "vae", mesh=mesh, lend=lend["vae"]),
         text_encoder=text_encoder,
         image_encoder=None,
         sampling=settings.build(SamplingSettings, sampling, where="sampling"),
@@ -214,7 +247,11 @@ def _published_components(
 
 
 def load_model(
-    folder: Path, *, overrides: Mapping[str, Any] | None = None, mesh: jax.sharding.Mesh | None = None
+    folder: Path,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    lend: Lend = at_once,
 ) -> Model:
     """Reads one component folder; parameters are cast to the config's compute dtype (float32 where it has none).
 
@@ -224,6 +261,7 @@ def load_model(
       folder: with config.json and safetensors, ours or of a published repository (see `convert.repository`).
       overrides: config fields that replace the stored ones.
       mesh: devices over which the parameters are laid by the network's rules, else by size.
+      lend: when the parameters are read, and how long they stay.
 
     Raises:
       UserError: a file missing or damaged, an unknown model or config key, parameters that do not fit it, or too
@@ -231,18 +269,22 @@ def load_model(
     """
     mapping = weights.read_json(folder / "config.json")
     if repository.is_published(mapping):
-        return Model(*repository.load(folder, mesh=mesh, **(overrides or {})))
+        return Model(*repository.load(folder, mesh=mesh, lend=lend, **(overrides or {})))
     kind, kernels = mapping.pop("model", None), mapping.pop(stored.KEY, None)
     config_class, module = _pick(MODELS, kind, folder)
     config = settings.build(config_class, {**mapping, **(overrides or {})}, where=f"{folder.name}/config.json")
     network = stored.as_written(Network.create(module, config), kernels, f"{folder.name}/config.json")
     dtype, rules = jnp.dtype(getattr(config, "compute_dtype", "float32")), SHARDING_RULES.get(kind, ())
-    require_memory(network.abstract_params, dtype, mesh, what=str(folder), rules=rules)
-    with sharding.on_host() if mesh is not None else contextlib.nullcontext():
-        _, params = weights.load(folder)
-        require_match(params, network.abstract_params, what=str(folder))
-        params = stored.cast(params, dtype)
-    return Model(network, sharding.lay(params, mesh, rules))
+    check = functools.partial(require_memory, network.abstract_params, dtype, what=str(folder), rules=rules)
+
+    def read(mesh: jax.sharding.Mesh | None) -> Params:
+        with sharding.on_host() if mesh is not None else contextlib.nullcontext():
+            _, params = weights.load(folder)
+            require_match(params, network.abstract_params, what=str(folder))
+            params = stored.cast(params, dtype)
+        return sharding.lay(params, mesh, rules)
+
+    return Model(network, lend(Source(network, read, mesh, rules, check)))
 
 
 def load_plain(folder: Path, **options: Any) -> Model:

@@ -34,6 +34,7 @@ from magic141_jax.diffusion.conditioning import Conditioning, LatentMask
 from magic141_jax.errors import UserError
 from magic141_jax.models.mmdit import velocity_fn
 from magic141_jax.models.network import Network
+from magic141_jax.models.resident import Held, taken
 from magic141_jax.models.text import TextStates
 from magic141_jax.models.vae import latent_frames
 from magic141_jax.pipelines.components import Components, Model
@@ -55,13 +56,14 @@ class Prompts:
 class Stage:
     """A function of (params, *arrays, **static) compiled once per set of shapes; compile time is counted apart.
 
-    Over a mesh, on which the parameters lie, arrays come in from the host or from another stage.
+    Over a mesh, on which the parameters lie, arrays come in from the host or from another stage. Parameters that are
+    not there to stay are fetched for each call, which counts as "move".
     """
 
     def __init__(
         self,
         function: Callable[..., Any],
-        params: Params,
+        params: Held,
         seconds: collections.Counter[str],
         *,
         mesh: jax.sharding.Mesh | None = None,
@@ -75,18 +77,24 @@ class Stage:
         leaves, structure = jax.tree.flatten(arrays)
         leaves = list(map(jnp.asarray, leaves)) if self._mesh is None else sharding.spread(leaves, self._mesh)
         key = (structure, *((x.shape, x.dtype, x.sharding) for x in leaves), *sorted(static.items()))
-        arrays = jax.tree.unflatten(structure, leaves)
+        arrays, params = jax.tree.unflatten(structure, leaves), self._taken()
         if key not in self._compiled:
             start = time.perf_counter()
-            traced = jax.jit(functools.partial(self._function, **static)).lower(self._params, *arrays)
+            traced = jax.jit(functools.partial(self._function, **static)).lower(params, *arrays)
             self._compiled[key] = traced.compile()
             self._seconds["compile"] += time.perf_counter() - start
         with clock(self._seconds, label):
-            return jax.block_until_ready(self._compiled[key](self._params, *arrays))
+            return jax.block_until_ready(self._compiled[key](params, *arrays))
+
+    def _taken(self) -> Params:
+        if not callable(self._params):
+            return self._params
+        with clock(self._seconds, "move"):
+            return jax.block_until_ready(taken(self._params))
 
 
 class Engine:
-    """The stages over one set of components. `seconds` counts by label: text, image, video, decode, compile."""
+    """The stages over one set of components. `seconds` counts by label: text, image, video, decode, compile, move."""
 
     def __init__(self, components: Components) -> None:
         self.components = components

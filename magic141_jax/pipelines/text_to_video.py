@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from magic141_jax.errors import UserError
+from magic141_jax.models.resident import Room
 from magic141_jax.pipelines.engine import Engine, Prompts
 from magic141_jax.pipelines.image_to_video import FIRST_WINDOW, ImageToVideoPipeline
 from magic141_jax.pipelines.options import FORMATTERS, PipelineOutput, SamplingOptions, as_prompts, resolve
 from magic141_jax.pipelines.text_to_image import Pipeline, TextToImagePipeline
 from magic141_jax.sharding import to_host
 
+BOTH = ("dtype", "mesh", "offload", "text_cache", "vae_tiles")  # options that hold for both sets of weights
 SHARED = ("height", "width", "negative_prompt", "seed")  # options that hold for another network's image as well
 
 
@@ -38,10 +40,12 @@ class TextToVideoPipeline(Pipeline):
     @classmethod
     def from_pretrained(cls, *args: Any, image_weights: str | Path | None = None, **kwargs: Any):
         """As `Pipeline.from_pretrained`; the image is made by `image_weights` where given, a folder or Hub id."""
+        if image_weights is not None and kwargs.get("offload") is True:
+            kwargs["offload"] = Room()
         made = super().from_pretrained(*args, **kwargs)
         if image_weights is None:
             return made
-        kwargs = {name: value for name, value in kwargs.items() if name in ("dtype", "mesh")}
+        kwargs = {name: value for name, value in kwargs.items() if name in BOTH}
         return cls(made.engine, TextToImagePipeline.from_pretrained(image_weights, **kwargs).engine)
 
     def __call__(self, prompt: str | Sequence[str], **options: Any) -> PipelineOutput:

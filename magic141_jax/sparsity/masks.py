@@ -6,6 +6,7 @@ A pattern says what is kept or dropped as one, a distribution how much is droppe
     n:m            single weights, n of every    layer    the same share of every layer's matrix
                    m neighbours along `in`       global   one threshold for all kernels together
     block RxC      R x C blocks                  erk      a share for each kernel by its shape, see `erk_densities`
+    heads, neurons, blocks: whole units of a transformer, see `sparsity.structured`
 
 Columns compare the weights of one output, as Wanda does (arXiv 2306.11695), and pack into arrays of static shape; they
 and n:m are exact in number, equal scores being dropped in the order of their index. Of the other distributions the
@@ -28,6 +29,7 @@ import numpy as np
 from jaxtyping import Array, Bool, UInt32
 
 from magic141_jax.errors import UserError
+from magic141_jax.sparsity import structured
 
 Distribution = Literal["column", "layer", "global", "erk"]
 Flat = Mapping[str, jax.Array]
@@ -40,8 +42,8 @@ def make(pattern: str, distribution: Distribution = "column") -> Pattern:
 
     All are {dotted path: array}: the parameters of the whole network, the others of the kernels that are pruned. The
     sparsity is the share to be dropped. It may be traced; a plain number is taken for the last one, and checked. What
-    the previous masks prune is dropped before all else, and counts as dropped; a result may still hold some of it where
-    it is more than the sparsity asks for.
+    the previous masks prune is dropped before all else, and counts as dropped; where that is more than asked for, the
+    result holds some of it again.
 
     Raises:
       UserError: an unknown pattern. The function raises it where blocks or groups do not divide a kernel, a column
@@ -100,13 +102,42 @@ def blocks(
     return {path: mask.repeat(rows, axis=-2).repeat(columns, axis=-1) for path, mask in kept.items()}
 
 
+def whole(
+    params: Flat,
+    scores: Flat,
+    sparsity: Any,
+    previous: Flat,
+    *,
+    sizes: tuple[int, ...],
+    distribution: Distribution,
+    kind: str,
+) -> dict[str, jax.Array]:
+    """Heads, neurons or blocks of an MMDiT, the same number in every layer; `structured.shrink` then cuts them out."""
+    del sizes
+    if distribution != "column":
+        raise UserError(
+            f"pruning.pattern {kind} takes as many from every layer; leave pruning.distribution at 'column'"
+        )
+    return structured.units(params, scores, sparsity, previous, kind=kind)
+
+
+def pruned_paths(params: Flat, pattern: str) -> list[str] | None:
+    """The parameters that a pattern of whole units prunes, biases included; None of patterns of single weights."""
+    if pattern not in structured.KINDS:
+        return None
+    return [
+        path for group in structured.groups(structured.sizes_of(params), pattern) for path in structured.members(group)
+    ]
+
+
 # Form of a pattern's name -> its function; the numbers in the name are its `sizes`.
 PATTERNS: dict[str, Callable[..., dict[str, jax.Array]]] = {
     r"unstructured": unstructured,
     r"([1-9]\d*):([1-9]\d*)": n_of_m,
     r"block ([1-9]\d*)x([1-9]\d*)": blocks,
+    **{kind: functools.partial(whole, kind=kind) for kind in structured.KINDS},
 }
-EXAMPLES = ("unstructured", "2:4", "block 16x16")
+EXAMPLES = ("unstructured", "2:4", "block 16x16", *structured.KINDS)
 
 
 def order(scores: Flat, previous: Flat) -> dict[str, jax.Array]:
@@ -176,8 +207,8 @@ def erk_densities(shapes: Mapping[str, tuple[int, ...]], sparsity: Any) -> dict[
     left = np.cumsum((size * ratio)[::-1])[::-1]
     candidates = (1 - sparsity - jnp.asarray(full, jnp.float32)) / jnp.asarray(left, jnp.float32)
     fits = candidates * jnp.asarray(ratio, jnp.float32) <= 1
-    # Where rounding lets none fit, all are full.
-    e = jnp.where(fits.any(), candidates[jnp.argmax(fits)], jnp.inf)
+    # Nothing is dropped by rounding: without sparsity all are full, and where no number of full kernels fits.
+    e = jnp.where(fits.any() & (sparsity > 0), candidates[jnp.argmax(fits)], jnp.inf)
     return {paths[i]: jnp.minimum(1.0, e * r) for i, r in zip(first, ratio)}
 
 

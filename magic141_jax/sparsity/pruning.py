@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from magic141_jax import weights
 from magic141_jax.errors import UserError
 from magic141_jax.pytree import Params, count, flatten, unflatten
 from magic141_jax.sparsity import masks as masks_lib
@@ -33,7 +34,8 @@ class PruningConfig:
 
     Attributes:
       sparsity: the share of zeros in the end; 0 prunes nothing.
-      pattern: "unstructured", "n:m" such as "2:4", or "block RxC" such as "block 16x16", see `masks`.
+      pattern: "unstructured", "n:m" such as "2:4", "block RxC" such as "block 16x16", or whole "heads", "neurons" or
+        "blocks", whose biases go with them; see `masks`.
       distribution: how much is dropped where, see `masks`.
       score: "magnitude", or "activation" (times the norm of the weight's input).
       norms: a safetensors file {path: (..., in)} of these norms.
@@ -103,8 +105,13 @@ def first_masks(params: Params, config: PruningConfig) -> dict[str, jax.Array]:
     Raises:
       UserError: `config.paths` matches no kernel.
     """
-    kernels = scores_lib.chosen(params, config.paths)
-    return {path: kernel != 0 if config.inherit else jnp.ones(kernel.shape, bool) for path, kernel in kernels.items()}
+    flat = flatten(params)
+    units = masks_lib.pruned_paths(flat, config.pattern)
+    kernels = scores_lib.chosen(params, config.paths) if units is None else {path: flat[path] for path in units}
+    return {
+        path: leaf != 0 if config.inherit and not path.endswith(weights.VECTORS) else jnp.ones(leaf.shape, bool)
+        for path, leaf in kernels.items()
+    }
 
 
 def new_masks(
@@ -120,7 +127,7 @@ def new_masks(
       sparsity: the share of zeros, possibly traced; a plain number is checked, see `masks.make`.
     """
     flat = flatten(params)
-    scores = scores_lib.scores({path: flat[path] for path in previous}, norms)
+    scores = scores_lib.scores({path: flat[path] for path in previous if not path.endswith(weights.VECTORS)}, norms)
     if config.regrow:
         previous = {path: jnp.ones_like(mask) for path, mask in previous.items()}
     found = masks_lib.make(config.pattern, config.distribution)(flat, scores, sparsity, previous)

@@ -32,6 +32,7 @@ STREAMS = {
     "single_blocks": ("single_blocks.joint",),
     "text_in.blocks": ("text_in.blocks",),
 }
+KINDS = ("heads", "neurons", "blocks")
 COLUMNS, ROWS, LAYERS = -1, -2, 0
 
 
@@ -60,34 +61,87 @@ class Group:
     outer: tuple[Member, ...]
 
 
-def groups(config: MMDiTConfig, kind: str) -> list[Group]:
+class Sizes(NamedTuple):
+    """What of an `MMDiTConfig` says which units there are, with the place of the network in a tree of parameters."""
+
+    prefix: str
+    heads: int
+    head_width: int
+    mlp_width: int
+    double_blocks: int
+    single_blocks: int
+    refiner_blocks: int
+
+
+def sizes_of(params: Mapping[str, Any]) -> Sizes:
+    """The sizes that {path: array or shape struct} of an MMDiT tell, whatever stands in front of its paths.
+
+    Raises:
+      UserError: they are not of an MMDiT.
+    """
+    last = "single_blocks.joint.attention_out.kernel"
+    prefix = next((path.removesuffix(last) for path in params if path.endswith(last)), None)
+    if prefix is None:
+        raise UserError("heads, neurons and blocks are pruned from the video transformer, and this network is none")
+    shapes = {path.removeprefix(prefix): leaf.shape for path, leaf in params.items() if path.startswith(prefix)}
+    single, width = shapes[last][0], shapes["single_blocks.joint.qk_scale"][-1]
+    refiner = shapes.get("text_in.blocks.qkv.kernel", (0,))[0]
+    double, neurons = shapes["double_blocks.video.qkv.kernel"][0], shapes["single_blocks.joint.mlp_down.kernel"][-2]
+    return Sizes(prefix, shapes[last][-2] // width, width, neurons, double, single, refiner)
+
+
+def units(
+    params: Mapping[str, Any],
+    scores: Mapping[str, Any],
+    sparsity: Any,
+    previous: Mapping[str, Any],
+    *,
+    kind: str,
+) -> dict[str, jax.Array]:
+    """The masks (see `sparsity.masks`) without round(sparsity * units) units of each layer, at most all but one."""
+    found = sizes_of(params)
+    made = {}
+    for group in groups(found, kind):
+        shapes = {path: previous[path].shape for path in members(group)}
+        alive = sum(_by_unit(previous[m.path].astype(jnp.int32), group, m) for m in group.outer) > 0
+        values = jnp.where(alive, unit_scores(group, scores), -1)
+        dropped = jnp.minimum(jnp.round(sparsity * jnp.float32(group.units)), group.units - 1)
+        made |= unit_masks(group, keep_best(values, group.units - dropped), shapes)
+    return made
+
+
+def members(group: Group) -> list[str]:
+    """The paths of a group's parameters."""
+    return [member.path for member in (*group.inner, *group.outer)]
+
+
+def groups(config: MMDiTConfig | Sizes, kind: str) -> list[Group]:
     """The groups of a kind. The streams of a double block share their heads, since these meet in one attention.
 
     Raises:
       UserError: the kind is none of heads, neurons and blocks.
     """
+    prefix = getattr(config, "prefix", "")
+    streams = {stack: tuple(prefix + stream for stream in of) for stack, of in STREAMS.items()}
     layers = {"double_blocks": config.double_blocks, "single_blocks": config.single_blocks}
     if kind == "heads":
-        return [
-            _heads(config, STREAMS[stack], count)
-            for stack, count in {**layers, "text_in.blocks": config.refiner_blocks}.items()
-            if count
-        ]
+        refined = {**layers, "text_in.blocks": config.refiner_blocks}
+        return [_heads(config, streams[stack], count) for stack, count in refined.items() if count]
     if kind == "neurons":
-        return [_neurons(config, stream, count) for stack, count in layers.items() for stream in STREAMS[stack]]
+        return [_neurons(config, stream, count) for stack, count in layers.items() for stream in streams[stack]]
     if kind == "blocks":
-        return [_blocks(STREAMS[stack], count) for stack, count in layers.items()]
+        return [_blocks(streams[stack], count) for stack, count in layers.items()]
     raise UserError(f"structured pruning takes heads, neurons or blocks, not {kind!r}")
 
 
-def _heads(config: MMDiTConfig, streams: tuple[str, ...], layers: int) -> Group:
+def _heads(config: MMDiTConfig | Sizes, streams: tuple[str, ...], layers: int) -> Group:
     k = config.head_width
     inner = [Member(f"{s}.qkv.{leaf}", COLUMNS, 3 * k) for s in streams for leaf in ("kernel", "bias")]
     outer = [Member(f"{s}.attention_out.kernel", ROWS, k) for s in streams]
     return Group(layers, config.heads, tuple(inner), tuple(outer))
 
 
-def _neurons(config: MMDiTConfig, stream: str, layers: int) -> Group:
+def _neurons(config: MMDiTConfig | Sizes, stream: str, layers: int) -> Group:
     inner = [Member(f"{stream}.mlp_up.{leaf}", COLUMNS) for leaf in ("kernel", "bias")]
     return Group(layers, config.mlp_width, tuple(inner), (Member(f"{stream}.mlp_down.kernel", ROWS),))
 
@@ -160,7 +214,7 @@ def silence(
         if not 1 <= count <= group.units:
             raise UserError(f"{stack} has {group.units} {kind}, of which 1 to all can be kept, not {count}")
         values = scores[stack] if kind == "blocks" else unit_scores(group, scores)
-        shapes = {member.path: flat[member.path].shape for member in (*group.inner, *group.outer)}
+        shapes = {path: flat[path].shape for path in members(group)}
         for path, mask in unit_masks(group, keep_best(jnp.asarray(values), count), shapes).items():
             flat[path] = jnp.where(mask, flat[path], 0)
     return unflatten(flat)

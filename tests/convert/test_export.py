@@ -14,7 +14,7 @@ from magic141_jax.convert.export import export, open_ours
 from magic141_jax.convert.tensors import open_tensors
 from magic141_jax.errors import UserError
 from magic141_jax.models.mmdit import debug
-from magic141_jax.pytree import flatten
+from magic141_jax.pytree import flatten, unflatten
 
 PARTS = ("transformer", "vae")
 
@@ -95,6 +95,30 @@ def test_int8_folders_are_expanded(published, tmp_path):
     np.testing.assert_array_equal(leaves[kernel][1], wanted[kernel][1])
     export(tmp_path / "small", tmp_path / "back")
     assert repository.open_component(tmp_path / "back").kind == "mmdit"
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_pruned_weights_are_zero_there_and_back(published, ours, tmp_path, storage):
+    """A mask is exact through our storage, the published layout, and the way back."""
+    config, params = weights.load(ours / "transformer")
+    rng, flat = np.random.default_rng(0), flatten(params)
+    kept = {path: rng.random(leaf.shape) < 0.5 for path, leaf in flat.items() if path.endswith("kernel")}
+    pruned = {path: np.where(kept[path], leaf, 0) if path in kept else leaf for path, leaf in flat.items()}
+    weights.save(ours / "transformer", config, unflatten(pruned), storage=storage)
+    export(ours / "transformer", tmp_path / "out")
+    import_component(tmp_path / "out", tmp_path / "back", storage=storage)
+    back = flatten(weights.load(tmp_path / "back")[1])
+    for path, mask in kept.items():
+        assert not np.any(np.asarray(back[path], np.float32)[~mask]), path
+        assert np.any(np.asarray(back[path], np.float32)) or not np.any(np.asarray(flat[path]))
+
+
+def test_kernels_in_other_forms_have_to_be_expanded_first(ours, tmp_path):
+    file = ours / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "kernels": {"patch_in.kernel": {"values": "int8"}}}))
+    with pytest.raises(UserError, match=r"forms of our own: write plain ones with .* --expand"):
+        export(ours / "transformer", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_diffusers_loads_it(published, ours, tmp_path, monkeypatch):

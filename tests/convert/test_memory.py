@@ -57,12 +57,19 @@ def test_free_memory():
     ],
 )
 def test_what_would_make_it_fit(monkeypatch, free, remedy):
-    monkeypatch.setattr(jax, "local_devices", lambda: [device(bytes_limit=free)])
+    monkeypatch.setattr(memory, "_default_device", lambda: device(bytes_limit=free))
     monkeypatch.setattr(memory, "SingleDeviceSharding", lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     with pytest.raises(UserError, match=remedy) as error:
         require_memory(PARAMS, "float32", what="the transformer")
     assert f"need 2.1 MB in float32 on each of 1 devices, which have {gigabytes(free)} free" in str(error.value)
     assert require_memory({"a": PARAMS["steps"]}, "float32", what="it") == 16
+
+
+def test_without_a_mesh_the_default_device_counts():
+    for number in (0, 3):
+        with jax.default_device(jax.devices()[number]):
+            places = {place for leaf in jax.tree.leaves(memory.layout(PARAMS, None)) for place in leaf.device_set}
+        assert places == {jax.devices()[number]}
 
 
 def test_cpu_devices_share_the_host(monkeypatch):

@@ -143,7 +143,7 @@ def test_a_pruned_student_has_a_fake_score_of_the_teachers_sizes(toys):
         v = velocities(made, params, toys, (TEACHER, FAKE, STUDENT))
         np.testing.assert_allclose(v[FAKE], v[TEACHER], atol=1e-6)
         assert np.abs(v[STUDENT] - v[TEACHER]).max() > 1e-3
-    with pytest.raises(UserError, match=r"roles\.student must be 'full', since the student has another heads, mlp_ratio"):
+    with pytest.raises(UserError, match="must be 'full', since the student has another heads, mlp_ratio"):
         backbone(toys, toys.parts(**changes), student="adapter")
 
 

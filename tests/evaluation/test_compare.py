@@ -22,6 +22,7 @@ from magic141_jax.evaluation.features import FeatureSpace
 from magic141_jax.pipelines.components import load_model
 from magic141_jax.pipelines.options import PipelineOutput, SamplingOptions, resolve
 from magic141_jax.pytree import flatten, unflatten
+from magic141_jax.quantize import __main__ as quantize
 
 
 def test_rows():
@@ -203,6 +204,14 @@ def test_rows_of_one_folder_share_a_pipeline(weights_folder, monkeypatch):
     first, second = compare.load_rows(rows)
     assert first.pipeline is second.pipeline
     assert (first.resolved.guidance_scale, second.resolved.guidance_scale) == (2, 1)
+
+
+def test_megabytes_are_those_of_the_forms_that_kernels_are_held_in(weights_folder, tmp_path):
+    small = tmp_path / "small"
+    assert quantize.main([str(weights_folder), str(small), "--no_calibration", "--others", "as_is"]) == 0
+    dense, held = compare.load_rows(compare.read_rows([f"dense={weights_folder}", f"small={small}"]))
+    params = jax.tree.leaves(held.pipeline.components.transformer.params)
+    assert compare.megabytes(held) == sum(leaf.nbytes for leaf in params) / 1e6 < compare.megabytes(dense)
 
 
 def test_adapters_and_other_transformers_are_part_of_a_row(weights_folder, tmp_path):

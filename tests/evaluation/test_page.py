@@ -90,6 +90,14 @@ def test_page(results, docs):
     assert str(docs.parent) not in text
 
 
+def test_the_index_may_name_the_page(results, docs):
+    fill(results, "curve")
+    index = results / "index.toml"
+    index.write_text('page = "other.md"\n' + index.read_text())
+    assert docs / "other.md" in page.write(results, docs)
+    assert not (docs / "experiments.md").exists()
+
+
 def test_the_same_results_make_the_same_page(results, docs):
     fill(results, "curve")
     before = {path: path.read_bytes() for path in page.write(results, docs)}

@@ -13,9 +13,9 @@ from magic141_jax.evaluation import plots
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def row(*motions, evaluations=4):
+def row(*motions, evaluations=4, megabytes=20.9):
     """A row with one value of motion a seed."""
-    one = {"last_identity": 0.5, "frechet": 1.0, "evaluations": evaluations}
+    one = {"last_identity": 0.5, "frechet": 1.0, "evaluations": evaluations, "dit_megabytes": megabytes}
     seeds = {str(i): {"t2v": {**one, "motion": m}, "i2v": {**one, "motion": m}} for i, m in enumerate(motions)}
     return {"values": {"train": seeds}}
 
@@ -51,12 +51,18 @@ def test_lines_over_evaluations_have_no_level():
     np.testing.assert_allclose(i2v.mean, [0.8, 0.3])
 
 
+def test_lines_over_memory_name_every_row():
+    rows = {"dense": row(0.9), "int8": row(0.8, megabytes=10.6)}
+    dense, small = plots.lines(rows, "train", "i2v", measure="motion", axis="megabytes")
+    assert (list(dense.x), dense.name, list(small.x), small.name) == ([20.9], "dense", [10.6], "int8")
+
+
 def test_one_seed_has_no_deviation():
     (line,) = plots.lines({"a@1": row(0.5)}, "train", "t2v", measure="motion", axis="steps")
     np.testing.assert_array_equal(line.deviation, [0])
 
 
-@pytest.mark.parametrize("axis", ["steps", "evaluations"])
+@pytest.mark.parametrize("axis", ["steps", "evaluations", "megabytes"])
 def test_svg(axis):
     text = plots.draw(ROWS, "train", axis=axis)
     assert text == plots.draw(ROWS, "train", axis=axis), "the same bytes each time"

@@ -43,7 +43,7 @@ def folder(tmp_path, params):
 
 @pytest.fixture(scope="module")
 def encoder(params):
-    return MiniLMTextEncoder(CONFIG, params, tiny_tokenizer())
+    return MiniLMTextEncoder(Network.create(Bert, CONFIG), params, tiny_tokenizer())
 
 
 def close(a: TextStates, b: TextStates):
@@ -69,7 +69,7 @@ def test_padding_content_does_not_matter(params):
 
 
 def test_length_of_padding_does_not_matter(encoder, params):
-    wide = MiniLMTextEncoder(dataclasses.replace(CONFIG, length=16), params, tiny_tokenizer())
+    wide = MiniLMTextEncoder(Network.create(Bert, dataclasses.replace(CONFIG, length=16)), params, tiny_tokenizer())
     a, b = (e.encode(["a shark moves left"]) for e in (encoder, wide))
     close(a, TextStates(b.states[:, :10], b.mask[:, :10], b.pooled))
     assert not b.mask[:, 10:].any()
@@ -173,7 +173,7 @@ def test_tokenizer_of_another_model_is_refused(params):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"word{i}" for i in range(9)])
     with pytest.raises(UserError, match="same model"):
-        MiniLMTextEncoder(CONFIG, params, tokenizer)
+        MiniLMTextEncoder(Network.create(Bert, CONFIG), params, tokenizer)
 
 
 def test_every_parameter_has_a_sharding_rule_and_matrices_are_split():

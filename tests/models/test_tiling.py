@@ -1,12 +1,16 @@
 """Tiles give what diffusers' tiling gives, and what a whole call gives when the network is local."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from magic141_jax.errors import UserError
-from magic141_jax.models.tiling import WHOLE, Tiling, cross_fade, tiled_decode, tiled_encode
+from magic141_jax.models import MODELS
+from magic141_jax.models.network import Network
+from magic141_jax.models.tiling import WHOLE, Tiling, cross_fade, in_squares, tiled_decode, tiled_encode
 
 FACTORS = {"spatial_factor": 8, "temporal_factor": 4}
 # tiling, frames, height, width: clips and pictures that end anywhere within a tile, and overlaps over half a tile
@@ -101,6 +105,31 @@ def test_local_networks_do_not_see_tiles(case):
     encoded = quick(lambda v: tiled_encode(local_encoder, v, tiling, **FACTORS))(frames)
     np.testing.assert_allclose(decoded, local_decoder(raw), atol=1e-6)
     np.testing.assert_allclose(encoded, local_encoder(frames), atol=1e-6)
+
+
+LEVELS = {"block_out_channels": (4, 4, 8, 8), "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 2}
+LIGHT = {"latent_channels": 2, "widths": (8, 8), "encoder_blocks": (1, 1), "decoder_blocks": (1, 1)}
+
+
+@pytest.mark.parametrize("kind, sizes", [("hunyuan_vae", LEVELS), ("kl_vae", LEVELS), ("patch_vae", LIGHT)])
+def test_every_autoencoder_needs_less_memory_in_tiles(kind, sizes):
+    config_class, module = MODELS[kind]
+    whole, latents = config_class(**sizes), jax.ShapeDtypeStruct((1, 1, 32, 32, 2), jnp.float32)
+
+    def working_bytes(tiling):
+        network = Network.create(module, dataclasses.replace(whole, tiling=tiling))
+        decode = quick(lambda params, x: network(params, x, method="decode_latents"))
+        return decode.lower(network.abstract_params, latents).compile().memory_analysis().temp_size_in_bytes
+
+    assert working_bytes(in_squares(whole.tiling, 64)) < 0.5 * working_bytes(whole.tiling)
+
+
+def test_squares():
+    assert in_squares(Tiling(), 256) == Tiling(size=256, stride=192), "time stays as it was"
+    assert in_squares(WHOLE, 32) == Tiling(frames=None, size=32, stride=24)
+    for size in (0, -32, 16, 100):
+        with pytest.raises(UserError, match=f"tiles of {size} pixels.*multiple of 32"):
+            in_squares(WHOLE, size)
 
 
 def shapes_seen(latents, tiling):

@@ -11,6 +11,7 @@ import pytest
 from magic141_jax import weights
 from magic141_jax.convert import hub, memory
 from magic141_jax.errors import UserError
+from magic141_jax.models.resident import at_once
 from magic141_jax.pipelines import components
 from magic141_jax.pipelines.components import enable_compilation_cache, find_folder, load_components, load_model
 from magic141_jax.sharding import MeshConfig, make_mesh
@@ -144,7 +145,8 @@ def test_published_components_are_told_by_their_config(tmp_path, monkeypatch):
     monkeypatch.setattr(components.repository, "load", lambda folder, **options: (folder, options))
     for theirs in ({"_class_name": "X"}, {"architectures": ["X"], "model_type": "x"}):
         (tmp_path / "config.json").write_text(json.dumps(theirs))
-        assert load_model(tmp_path, overrides={"length": 3}) == (tmp_path, {"mesh": None, "length": 3})
+        expected = (tmp_path, {"mesh": None, "lend": at_once, "length": 3})
+        assert load_model(tmp_path, overrides={"length": 3}) == expected
     (tmp_path / "config.json").write_text(json.dumps({"model": "y", "_class_name": "X"}))
     with pytest.raises(UserError, match="names the model 'y'"):
         load_model(tmp_path)

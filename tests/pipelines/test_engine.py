@@ -33,6 +33,19 @@ def test_a_stage_compiles_once_per_shape_and_static_value():
     assert set(seconds) == {"compile", "work"}
 
 
+def test_parameters_that_come_and_go_are_fetched_for_each_call():
+    fetched, seconds = [], collections.Counter()
+
+    def fetch():
+        fetched.append(1)
+        return {"scale": jnp.float32(3)}
+
+    stage = Stage(lambda params, x: params["scale"] * x, fetch, seconds)
+    for _ in range(2):
+        np.testing.assert_allclose(stage("work", np.ones(2, np.float32)), [3, 3])
+    assert len(fetched) == 2 and set(seconds) == {"compile", "work", "move"}
+
+
 def test_over_a_mesh_arrays_of_the_host_and_of_other_stages_meet_the_same_program():
     mesh, traced = make_mesh(MeshConfig(data=2, context=4)), []
 

@@ -13,7 +13,9 @@ from safetensors.numpy import save_file
 
 import sample
 from magic141_jax.errors import UserError
+from magic141_jax.models.resident import Room
 from magic141_jax.pipelines import ImageToVideoPipeline, TextToImagePipeline, TextToVideoPipeline, stream_video
+from magic141_jax.pipelines.components import load_components
 from magic141_jax.pytree import flatten
 from tests import published_pipelines
 from tests.published_text import PROMPTS
@@ -183,6 +185,19 @@ def test_an_image_of_one_repository_is_animated_by_another(repositories):
     assert [len(frames) for frames in stream] == [1, 1, 1]
 
 
+@pytest.mark.heavy
+def test_short_of_memory_the_videos_are_the_same(repositories, tmp_path):
+    videos, images = repositories("concat")[0], repositories("flux")[0]
+    saving = {"offload": True, "text_cache": tmp_path / "cache", "vae_tiles": 64}
+    made = [
+        TextToVideoPipeline.from_pretrained(videos, image_weights=images, **memory)(PROMPTS[0], **SIZE, num_frames=5)
+        for memory in ({}, saving)
+    ]
+    np.testing.assert_array_equal(made[0].frames, made[1].frames)
+    kinds = [path.suffix for path in (tmp_path / "cache").iterdir()]
+    assert sorted(kinds) == [".digest", ".digest", ".safetensors", ".safetensors"], "FLUX's prompt, and LLaVA's"
+
+
 def test_a_lora_is_merged_on_loading(repositories, tmp_path):
     folder = repositories("text")[0]
     plain = TextToVideoPipeline.from_pretrained(folder)
@@ -192,7 +207,11 @@ def test_a_lora_is_merged_on_loading(repositories, tmp_path):
     tensors = {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
     file = tmp_path / "lora.safetensors"
     save_file({key: value.astype(np.float32) for key, value in tensors.items()}, file)
-    merged = TextToVideoPipeline.from_pretrained(folder, lora=file, lora_scale=0.5).components.transformer.params
+    merged, lent = (
+        load_components(folder, lora=file, lora_scale=0.5, offload=offload).transformer.params
+        for offload in (False, Room(on_host=True))
+    )
+    jax.tree.map(np.testing.assert_array_equal, lent(), merged)
     changed = [path for path, leaf in flatten(merged).items() if not np.array_equal(leaf, flatten(params)[path])]
     assert changed == ["double_blocks.video.qkv.kernel"]
     config, path = network.config, changed[0]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magic141_jax import sharding
 from magic141_jax.errors import UserError
 from magic141_jax.sparsity import masks
 
@@ -136,6 +137,7 @@ def test_erk_densities_are_their_formula(sparsity):
     np.testing.assert_allclose([found[path] for path in shapes], [wanted[path] for path in shapes], rtol=1e-5)
     kept = sum(float(found[path]) * np.prod(shape) for path, shape in shapes.items())
     assert kept == pytest.approx((1 - sparsity) * sum(map(np.prod, shapes.values())), rel=1e-5)
+    assert set(map(float, masks.erk_densities(shapes, 0.0).values())) == {1.0}
     scores = draw(0, tied=False, shapes=shapes)
     for path, mask in make("unstructured", scores, sparsity, distribution="erk").items():
         assert mask.mean() == pytest.approx(wanted[path], abs=2 / np.prod(shapes[path][-2:]))
@@ -198,3 +200,18 @@ def test_something_is_kept(pattern, distribution, what):
     scores = draw(0, tied=False)
     with pytest.raises(UserError, match=f"0.999 leaves nothing of {what}"):
         masks.make(pattern, distribution)({}, scores, 0.999, ones(scores))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "distribution"),
+    [("4:8", "column"), *(("unstructured", d) for d in ("column", "layer", "global", "erk")), ("block 4x2", "column")],
+)
+def test_masks_do_not_depend_on_the_mesh(pattern, distribution):
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
+    rules = ((r"a|c", ("fsdp", "tensor")), (r"b", ("tensor", "fsdp")))
+    scores = draw(0, tied=True)
+    laid = sharding.lay({path: jnp.asarray(score) for path, score in scores.items()}, mesh, rules)
+    assert all(not score.sharding.is_fully_replicated for score in laid.values())
+    wanted = make(pattern, scores, 0.5, distribution=distribution)
+    for path, mask in make(pattern, laid, 0.5, distribution=distribution).items():
+        np.testing.assert_array_equal(mask, wanted[path])

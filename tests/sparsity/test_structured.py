@@ -14,7 +14,19 @@ from magic141_jax.models import mmdit
 from magic141_jax.models.mmdit import MMDiT, MMDiTConfig
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import flatten, require_match, unflatten
-from magic141_jax.sparsity.structured import groups, keep_best, mlp_ratio, shrink, silence, unit_masks, unit_scores
+from magic141_jax.sparsity.structured import (
+    KINDS,
+    groups,
+    keep_best,
+    members,
+    mlp_ratio,
+    shrink,
+    silence,
+    sizes_of,
+    unit_masks,
+    unit_scores,
+    units,
+)
 
 CONFIG = dataclasses.replace(
     mmdit.debug(), heads=3, head_width=8, double_blocks=2, single_blocks=3, refiner_blocks=2, mlp_ratio=1.5
@@ -235,6 +247,35 @@ def test_masks_and_scores_of_units(kind):
         for path, mask in unit_masks(group, kept, shapes).items():
             assert mask.shape == shapes[path] and mask.dtype == bool
             assert mask.mean() == pytest.approx(1 - 1 / group.units)
+
+
+@pytest.mark.parametrize("config", [CONFIG, BARE])
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_shapes_tell_the_sizes(config, prefix):
+    flat = {prefix + path: leaf for path, leaf in flatten(Network.create(MMDiT, config).abstract_params).items()}
+    found = sizes_of(flat)._asdict()
+    assert found.pop("prefix") == prefix
+    assert found == {name: getattr(config, name) for name in found}
+    with pytest.raises(UserError, match="this network is none"):
+        sizes_of({"layers.kernel": flat[f"{prefix}patch_in.kernel"]})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_that_are_silent_go_first(kind):
+    """Whatever their scores say: a mask made within another one has no unit that the other lacks."""
+    flat = flatten(random_params(CONFIG))
+    paths = [path for group in groups(CONFIG, kind) for path in members(group)]
+    scores = {path: jnp.abs(flat[path]) for path in paths}
+    everything = {path: jnp.ones(flat[path].shape, bool) for path in paths}
+    first = units(flat, scores, 0.34, everything, kind=kind)
+    assert first.keys() == everything.keys()
+    turned = {path: jnp.where(first[path], score, 100 + score) for path, score in scores.items()}
+    second = units(flat, turned, 0.67, first, kind=kind)
+    for path, mask in second.items():
+        assert not (mask & ~first[path]).any(), path
+        assert mask.mean() < first[path].mean() < 1
+    last = units(flat, scores, 0.999, everything, kind=kind)
+    assert all(mask.any() for mask in last.values()), "one always stays"
 
 
 def test_mistakes_are_told():
