@@ -80,7 +80,9 @@ def sparse(folder, sampled):
 
 
 def kernels_of(folder):
-    return {path: np.asarray(leaf) for path, leaf in flatten(load_plain(folder / "transformer").params).items()}
+    config, params = weights.load(folder / "transformer")
+    params = load_plain(folder / "transformer").params if "kernels" in config else params
+    return {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()}
 
 
 def config_of(folder):
@@ -185,7 +187,9 @@ def test_what_is_pruned_is_packed_by_quantizing(tmp_path, sampled, sparse, monke
         run(tmp_path / "small", tmp_path / "slim", "--neurons", 8, "--score", "magnitude")
     config = weights.read_json(tmp_path / "slim" / "transformer" / "config.json")
     assert config["mlp_ratio"] == 0.5 and "kernels" not in config
-    assert {leaf.dtype for leaf in kernels_of(tmp_path / "slim").values()} == {np.dtype(np.float32)}
+    assert {leaf.dtype for leaf in flatten(weights.load(tmp_path / "slim" / "transformer")[1]).values()} == {
+        np.dtype("float32")
+    }
 
 
 @pytest.mark.parametrize(
@@ -193,12 +197,9 @@ def test_what_is_pruned_is_packed_by_quantizing(tmp_path, sampled, sparse, monke
     [
         ([], "nothing to prune"),
         (["--heads", "3"], "has 2 heads, of which 1 to all can be kept, not 3"),
-        (["--heads", "-1"], "not -1"),
-        (["--neurons", "33"], "has 32 neurons"),
         (["--single_blocks", "5"], "single_blocks has 2 blocks"),
         (["--pattern", "2to4"], "pruning.pattern is '2to4'"),
         (["--pattern", "2:4", "--sparsity", "0.3"], "sparsity of 0.5, not of 0.3"),
-        (["--pattern", "3:5"], "don't divide by 5"),
         (["--pattern", "unstructured", "--sparsity", "1"], "below 1"),
         (["--pattern", "unstructured", "--distribution", "rows"], "pruning.distribution is 'rows'"),
         (["--pattern", "2:0"], "pruning.pattern is '2:0'"),
