@@ -290,6 +290,8 @@ def load_model(
 def load_plain(folder: Path, **options: Any) -> Model:
     """As `load_model`, with dense kernels whatever form they are held in: to train on, to prune, to compare with."""
     network, params = load_model(folder, **options)
+    if not any(map(stored.is_part, flatten(params))):
+        return Model(network, params)
     build = next(module for config_class, module in MODELS.values() if type(network.config) is config_class)
     return Model(Network.create(build, network.config), stored.dense(network, params))
 

@@ -10,11 +10,13 @@ where other values stand.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import qwix
 
 from magic141_jax.models import stored
@@ -77,6 +79,7 @@ def pack(kernel: jax.Array, form: Form, norms: jax.Array | None = None) -> dict[
     return {"values": values, **parts}
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def quantize(matrix: jax.Array, form: Form, norms: jax.Array | None = None) -> qwix.QArray:
     """A matrix (..., in, out) as qwix holds it, with a scale for each column and group of rows."""
     rows = matrix.shape[-2]
@@ -128,7 +131,7 @@ def find_keep(kernel: jax.Array) -> tuple[int, int] | None:
     A pattern of small groups comes first where it is as sparse, for it expands without a gather.
     """
     layers, shape = stored.split_stack(kernel.shape)
-    mask = (jnp.asarray(kernel) != 0).reshape(*layers, -1, shape[-1])
+    mask = (np.asarray(kernel) != 0).reshape(*layers, -1, shape[-1])
     rows = mask.shape[-2]
     if rows % 8:
         return None

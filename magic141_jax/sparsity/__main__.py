@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     if args.pattern is None and not any(_sizes(args).values()) and args.norms is None:
         raise UserError("nothing to prune: give --pattern, or what to keep of --heads, --neurons, --double_blocks...")
+    single = None if args.pattern is None else _single(args)
     enable_compilation_cache()
     source = find_folder(args.source)
     weights.require_apart(source, args.target)
@@ -55,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.norms.parent.mkdir(parents=True, exist_ok=True)
         save_file({path: np.asarray(x) for path, x in calibration.norms(*model, found).items()}, args.norms)
     small = _cut(model, args, found)
-    if args.pattern is not None:
-        small = _masked(small, args, found)
+    if single is not None:
+        small = _masked(small, single, _norms(small, args, found))
     off, _ = Measured(*small)(small.params, found, truth)
     config = {"model": "mmdit", **settings.to_dict(small.network.config)}
     weights.derive(source, args.target, {TRANSFORMER: (config, small.params)})
@@ -125,21 +127,20 @@ def _effects(model: Model, found: Sequence[Example]) -> dict[str, jax.Array]:
     return {stack: jnp.asarray(values) for stack, values in made.items()}
 
 
-def _masked(model: Model, args: argparse.Namespace, found: Sequence[Example]) -> Model:
+def _single(args: argparse.Namespace) -> PruningConfig:
+    """Which single weights go; raises `UserError` for numbers or a pattern that make no sense."""
+    part = re.fullmatch(r"(\d+):([1-9]\d*)", args.pattern)
+    sparsity = args.sparsity
+    if sparsity is None:
+        sparsity = 1 - int(part[1]) / int(part[2]) if part else 0.5
+    values = {"pattern": args.pattern, "distribution": args.distribution, "paths": args.paths, "inherit": True}
+    return settings.build(PruningConfig, {"sparsity": sparsity, **values}, where="pruning")
+
+
+def _masked(model: Model, config: PruningConfig, norms: Mapping[str, jax.Array] | None) -> Model:
     """The network with single weights set to zero."""
-    part = [int(number) for number in args.pattern.split(":") if number.isdecimal()]
-    sparsity = args.sparsity if args.sparsity is not None else 1 - part[0] / part[1] if len(part) == 2 else 0.5
-    try:
-        config = PruningConfig(
-            sparsity=sparsity, pattern=args.pattern, distribution=args.distribution, paths=args.paths, inherit=True
-        )
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(str(error)) from None
     masks = pruning.first_masks(model.params, config)
-    norms = _norms(model, args, found)
-    masks = pruning.new_masks(model.params, config, masks, norms=norms, sparsity=sparsity)
+    masks = pruning.new_masks(model.params, config, masks, norms=norms, sparsity=config.sparsity)
     flat = flatten(model.params)
     zeroed = {path: jnp.where(mask, flat[path], 0) for path, mask in masks.items()}
     return Model(model.network, unflatten({**flat, **zeroed}))

@@ -202,9 +202,12 @@ def silence(
       keep: heads or neurons a layer; of blocks {"double_blocks": ..., "single_blocks": ...}.
 
     Raises:
-      UserError: fewer than one unit would stay, or more than there are.
+      UserError: fewer than one unit would stay, or more than there are; `keep` names an unknown stack.
     """
     flat = flatten(params)
+    unknown = sorted(set(keep) - {"double_blocks", "single_blocks"}) if isinstance(keep, Mapping) else []
+    if unknown:
+        raise UserError(f"no stack of blocks is named {unknown[0]!r}; there are double_blocks and single_blocks")
     for group in groups(config, kind):
         stack = group.outer[0].path.rsplit(".", 3)[0]
         count = keep.get(stack, group.units) if isinstance(keep, Mapping) else keep
@@ -240,8 +243,10 @@ def shrink(config: MMDiTConfig, params: Params) -> tuple[MMDiTConfig, Params]:
             chosen = np.sort(np.argsort(~alive, axis=-1, kind="stable")[:, :count], axis=-1)
             for member in (*group.inner, *group.outer):
                 flat[member.path] = _take(flat[member.path], chosen, member)
-        width = {"heads": count} if kind == "heads" else {"mlp_ratio": mlp_ratio(config.width, count)}
-        config = dataclasses.replace(config, **width)
+        if kind == "heads":
+            config = dataclasses.replace(config, heads=count)
+        elif count < config.mlp_width:  # else the ratio stays as it was given
+            config = dataclasses.replace(config, mlp_ratio=mlp_ratio(config.width, count))
     return config, unflatten({path: jnp.asarray(leaf) for path, leaf in flat.items()})
 
 

@@ -1,5 +1,7 @@
 """Roles start as the teacher, are trained apart, are merged for export; a student is sampled by its own walk."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,11 @@ from magic141_jax.distill.consistency import Consistency, ConsistencyConfig
 from magic141_jax.distill.dmd import DMD, DMDConfig
 from magic141_jax.distill.roles import FAKE, STUDENT, TEACHER, Backbone, RolesConfig
 from magic141_jax.distill.rollout import WalkConfig
+from magic141_jax.distill.trajectory import Trajectory, TrajectoryConfig
 from magic141_jax.errors import UserError
 from magic141_jax.models import mmdit
+from magic141_jax.pytree import flatten, require_match
+from magic141_jax.sparsity import structured
 from magic141_jax.train.conditioner import ConditioningConfig
 
 CLEAN = ConditioningConfig(known_frames=(0.0, 1.0), history_noise_probability=0.0, caption_dropout=0.0)
@@ -93,6 +98,53 @@ def test_a_guidance_embedding_may_be_gained_and_adds_nothing_at_first(toys):
 def test_another_teacher_is_refused_by_name(toys):
     with pytest.raises(UserError, match="differ in width"):
         backbone(toys, toys.parts(width=32, heads=4))
+
+
+def pruned_student(toys):
+    """The teacher's parameters cut to one head and 20 of 32 neurons, and the config's changes that fit them."""
+    rng = np.random.default_rng(0)
+    params = toys.parts().teacher()["transformer"][1]
+    for kind, keep in (("heads", 1), ("neurons", 20)):
+        scores = {path: rng.random(leaf.shape) for path, leaf in flatten(params).items() if path.endswith("kernel")}
+        params = structured.silence(toys.SIZES, params, kind, scores, keep)
+    config, small = structured.shrink(toys.SIZES, params)
+    return {"heads": config.heads, "mlp_ratio": config.mlp_ratio}, small
+
+
+def test_a_pruned_student_learns_from_its_dense_teacher(toys):
+    """Whole networks of their own sizes; a step of training on random data lowers the loss."""
+    changes, small = pruned_student(toys)
+    assert changes == {"heads": 1, "mlp_ratio": 1.25}
+    config = TrajectoryConfig(walk=WalkConfig(steps=2, sampler="euler"), guidance=2.0, substeps=2)
+    method = Trajectory.build(config, toys.parts(**changes))
+    params = method.init(jax.random.key(0))
+    require_match(params[STUDENT]["transformer"], small, what="a fresh student")
+    params[STUDENT] = {"transformer": small}
+
+    @jax.jit
+    def loss(student):
+        both = {STUDENT: student, **method.frozen}
+        return method.losses(both, {"video": toys.record()}, jax.random.key(1), 0)[0][STUDENT]
+
+    before, grads = jax.value_and_grad(loss)(params[STUDENT])
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    moved = jax.tree.map(lambda leaf, g: leaf - 1e-3 * g, params[STUDENT], grads)
+    assert loss(moved) < before
+    name, found, transformer = method.components(params)["transformer"]
+    assert name == "mmdit" and found == dataclasses.replace(toys.SIZES, **changes)
+    assert transformer is small
+
+
+def test_a_pruned_student_has_a_fake_score_of_the_teachers_sizes(toys):
+    changes, small = pruned_student(toys)
+    for fake in ("adapter", "full"):
+        made = backbone(toys, toys.parts(**changes), student="full", fake=fake)
+        params = {FAKE: made.init(FAKE, jax.random.key(0)), TEACHER: made.frozen, STUDENT: {"transformer": small}}
+        v = velocities(made, params, toys, (TEACHER, FAKE, STUDENT))
+        np.testing.assert_allclose(v[FAKE], v[TEACHER], atol=1e-6)
+        assert np.abs(v[STUDENT] - v[TEACHER]).max() > 1e-3
+    with pytest.raises(UserError, match="must be 'full', since the student has another heads, mlp_ratio"):
+        backbone(toys, toys.parts(**changes), student="adapter")
 
 
 def test_a_student_walks_as_its_teacher_until_it_is_trained(toys):
