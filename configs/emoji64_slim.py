@@ -7,7 +7,8 @@ Command: python -m magic141_jax.sparsity default runs/cut --single_blocks 3 --ne
   && python train.py --config=configs/emoji64_slim.py --workdir=runs/slim --config.init_from=runs/cut
   or, measured after each stage, python -m magic141_jax.recipe configs/emoji64_slim.toml --workdir runs/recipe
 Hardware: two CPU cores, 2 to 3 s a step.
-Expected: docs/compression_experiments.md.
+Expected: a clip from a picture as good as the dense one's within 500 steps, the picture from text not yet within 1400
+  (identity .88 of .94): docs/compression_experiments.md.
 """
 
 from configs.emoji64_distil import student
