@@ -3,8 +3,8 @@
 Part: "inference memory cost optimization with parameter sparsification" of the paper; structured, so that it is faster
 everywhere: three of four single-stream blocks and 416 of 1024 MLP neurons a block are kept.
 Data: as for configs/emoji64.py.
-Command: python -m magic141_jax.sparsity default runs/cut --single_blocks 3 --neurons 416
-  && python train.py --config=configs/emoji64_slim.py --workdir=runs/slim --config.init_from=runs/cut
+Before: python -m magic141_jax.sparsity default runs/cut --single_blocks 3 --neurons 416
+Command: python train.py --config=configs/emoji64_slim.py --workdir=runs/slim --config.init_from=runs/cut
   or, measured after each stage, python -m magic141_jax.recipe configs/emoji64_slim.toml --workdir runs/recipe
 Hardware: two CPU cores, 2 to 3 s a step.
 Expected: a clip from a picture as good as the dense one's within 500 steps, the picture from text not yet within 1400
