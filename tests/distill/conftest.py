@@ -79,6 +79,8 @@ class Formulas:
     def network(self):
         return types.SimpleNamespace(config=dataclasses.replace(SIZES, patch=(1, 1, 1), width=8))
 
+    frozen_network = network
+
     def features(self, params, role, layers):
         def features(x, t, cond):
             constants = jnp.tile(jnp.array([2.0, -2.0]), (*x.shape[:-1], 2))
