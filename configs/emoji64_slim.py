@@ -11,29 +11,18 @@ Expected: a clip from a picture as good as the dense one's within 500 steps, the
   (identity .88 of .94): docs/compression_experiments.md.
 """
 
-from configs.emoji64_distil import student
+from configs import emoji64_trajectory
 
 
 def get_config():
     """The config, every key of which can be overridden."""
-    config = student(
-        # of the dense student's own steps: one of its evaluations a step, without guidance
-        {"name": "trajectory", "guidance": 1.0, "substeps": 1, "roles": {"student": "full"}},
-        image_batch=48,  # clips recover within a hundred steps, pictures from text take all of the time
-        video_batch=3,
-        optimizer={
-            "name": "muon",
-            "muon_learning_rate": 1.5e-3,
-            "learning_rate": 6e-4,
-            "warmup_steps": 15,
-            "decay": "linear",
-            "decay_fraction": 0.85,
-            "b2": 0.98,
-            "ema_decay": 0.98,
-        },
-        train={"steps": 1200, "log_every": 10, "save_every": 100},
-    )
+    config = emoji64_trajectory.get_config()
     config.teacher = "weights/emoji64_4step"
-    config.model.single_blocks = 3
-    config.model.mlp_ratio = 416 / 256
+    # the dense student's own steps: one of its evaluations each, without guidance
+    config.method.update(guidance=1.0, substeps=1)
+    config.model.update(single_blocks=3, mlp_ratio=416 / 256)
+    # clips recover within a hundred steps, pictures from text take all of the time
+    config.data.update(image_batch=48, video_batch=3)
+    config.optimizer.update(muon_learning_rate=1.5e-3, learning_rate=6e-4, warmup_steps=15, decay_fraction=0.85)
+    config.train.steps = 1200
     return config

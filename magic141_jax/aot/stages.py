@@ -25,7 +25,7 @@ from magic141_jax.aot.topology import Topology
 from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.errors import UserError
 from magic141_jax.experiment import ExperimentConfig
-from magic141_jax.models import MODELS, SHARDING_RULES, hunyuan_text, stored
+from magic141_jax.models import MODELS, SHARDING_RULES, hunyuan_text, kind_of, stored
 from magic141_jax.models.network import Network
 from magic141_jax.models.text import TextStates
 from magic141_jax.models.vae import latent_frames
@@ -238,7 +238,7 @@ def _stage(
     static: Mapping[str, Any] | None = None,
 ) -> Program:
     """The program of a stage: `function(network, params, *inputs, **static)`, as `engine.Stage` compiles it."""
-    kind = next(name for name, (config_class, _) in MODELS.items() if config_class is type(network.config))
+    kind = kind_of(network.config)
     dtype = jnp.dtype(getattr(network.config, "compute_dtype", "float32"))
     params = network.abstract_params
     where = sharding.shardings(params, call.mesh, SHARDING_RULES.get(kind, ()))

@@ -1,5 +1,7 @@
 """Networks (Flax NNX), each with its config dataclass beside it."""
 
+from typing import Any
+
 from magic141_jax.models import (
     clip,
     discriminator,
@@ -38,6 +40,12 @@ MODELS = {
     "llama": (LlamaConfig, Llama),
     "llava": (LlavaConfig, Llava),
 }
+
+
+def kind_of(config: Any) -> str:
+    """The name in `MODELS` of a config's network."""
+    return next(name for name, (config_class, _) in MODELS.items() if type(config) is config_class)
+
 
 # The same name -> (regex on a parameter's dotted path, mesh axes) rules, see `magic141_jax.sharding`
 SHARDING_RULES = {

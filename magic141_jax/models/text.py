@@ -118,7 +118,7 @@ class Bert(nnx.Module):
 
 
 class MiniLMTextEncoder:
-    """A `TextEncoder` from a BERT network, its parameters and its tokenizer; `forms` are those of stored kernels."""
+    """A `TextEncoder` from a BERT network, its parameters and its tokenizer."""
 
     image_tokens = 0
 

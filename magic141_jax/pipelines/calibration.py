@@ -30,7 +30,7 @@ from magic141_jax.pipelines.engine import IMAGE_PURPOSE
 from magic141_jax.pipelines.image_to_video import FIRST_WINDOW
 from magic141_jax.pipelines.options import as_prompts, resolve
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
-from magic141_jax.pytree import Params
+from magic141_jax.pytree import Params, flatten, unflatten
 from magic141_jax.shapes import Latents, Times
 
 # Captions of the emoji set, for the embedded default; other weights want prompts of their own
@@ -152,12 +152,11 @@ def sensitivity(
     """
     measured = Measured(network, params)
     _, truth = measured(params, found)
-    made = {}
+    made, flat = {}, flatten(params)
     for path, kernel in changed.items():
-        made[path] = []
-        own = _get(params, path)
+        made[path], own = [], flat[path]
         for layer in range(len(kernel)) if kernel.ndim == 3 else (slice(None),):
-            tried = _put(params, path, own.at[layer].set(kernel[layer].astype(own.dtype)))
+            tried = unflatten({**flat, path: own.at[layer].set(kernel[layer].astype(own.dtype))})
             made[path].append(measured(tried, found, truth)[0])
     return made
 
@@ -170,15 +169,3 @@ def _velocity(network: Network, params: Params, example: Example) -> jax.Array:
 def _compiled(function: Callable[..., Any], params: Params) -> Callable[..., Any]:
     """A jitted (params, example) -> ..., traced for the mesh that the parameters lie on."""
     return jax.jit(sharding.over(sharding.mesh_of(params), function))
-
-
-def _get(params: Params, path: str) -> jax.Array:
-    for key in path.split("."):
-        params = params[key]
-    return params
-
-
-def _put(params: Params, path: str, leaf: jax.Array) -> Params:
-    """The tree with another leaf at a dotted path; shares the rest."""
-    first, _, rest = path.partition(".")
-    return {**params, first: _put(params[first], rest, leaf) if rest else leaf}

@@ -32,7 +32,7 @@ from magic141_jax.convert import lora as lora_lib
 from magic141_jax.convert.memory import require_memory
 from magic141_jax.diffusion.samplers import Sampler
 from magic141_jax.errors import UserError, nearest
-from magic141_jax.models import MODELS, SHARDING_RULES, stored
+from magic141_jax.models import MODELS, SHARDING_RULES, kind_of, stored
 from magic141_jax.models.network import Network
 from magic141_jax.models.resident import Held, Lend, Source, at_once
 from magic141_jax.models.text import MiniLMTextEncoder, TextEncoder
@@ -292,8 +292,8 @@ def load_plain(folder: Path, **options: Any) -> Model:
     network, params = load_model(folder, **options)
     if not any(map(stored.is_part, flatten(params))):
         return Model(network, params)
-    build = next(module for config_class, module in MODELS.values() if type(network.config) is config_class)
-    return Model(Network.create(build, network.config), stored.dense(network, params))
+    _, module = MODELS[kind_of(network.config)]
+    return Model(Network.create(module, network.config), stored.dense(network, params))
 
 
 def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from magic141_jax import settings, weights
 from magic141_jax.errors import OneLineParser, UserError, run_entry_point
-from magic141_jax.models import MODELS, stored
+from magic141_jax.models import kind_of, stored
 from magic141_jax.models.stored import Form
 from magic141_jax.pipelines import calibration
 from magic141_jax.pipelines.components import DEFAULT, Model, enable_compilation_cache, find_folder, load_plain
@@ -133,8 +133,7 @@ def _kernels(model: Model) -> dict[str, jax.Array]:
 def _written(model: Model, forms: Mapping[str, Form]) -> tuple[dict[str, Any], Params]:
     """config.json and parameters of a component; what is in no form is in float32, but for tables of embeddings."""
     config = model.network.config
-    kind = next(name for name, (config_class, _) in MODELS.items() if type(config) is config_class)
-    written = {"model": kind, **settings.to_dict(config)}
+    written = {"model": kind_of(config), **settings.to_dict(config)}
     if forms:
         written[stored.KEY] = {path: settings.to_dict(form) for path, form in forms.items()}
     flat = flatten(model.params).items()
