@@ -39,10 +39,10 @@ ZEROS: Initializer = jax.nn.initializers.zeros
 
 @jax.custom_vjp
 def observe(x: Array, probe: Array) -> Array:
-    """x (..., in) as it is; the "gradient" of `probe` (in,) is the sum of x^2 over all but the last axis.
+    """x (..., in) as it is; the "gradient" of `probe` is a sum over all but the last axis.
 
-    So statistics of what enters a map come out of any number of scanned layers, stacked as the layers are. What `x` was
-    made from gets no gradient.
+    Of x^2 for a probe (in,), of x x^T for one that is (in, in). So statistics of what enters a map come out of any
+    number of scanned layers, stacked as the layers are. What `x` was made from gets no gradient.
     """
     del probe
     return x
@@ -54,7 +54,8 @@ def _observe_forward(x: Array, probe: Array) -> tuple[Array, tuple[Array, Array]
 
 def _observe_backward(saved: tuple[Array, Array], _: Array) -> tuple[Array, Array]:
     x, probe = saved
-    return jnp.zeros_like(x), jnp.square(x.astype(probe.dtype)).sum(tuple(range(x.ndim - 1)))
+    rows = x.astype(probe.dtype).reshape(-1, x.shape[-1])
+    return jnp.zeros_like(x), jnp.square(rows).sum(0) if probe.ndim == 1 else rows.T @ rows
 
 
 observe.defvjp(_observe_forward, _observe_backward)
@@ -70,7 +71,7 @@ class Linear(nnx.Module):
 
     a: nnx.Param | None = None  # (in, r) and (r, out), or stacks; see models/lora.py
     b: nnx.Param | None = None
-    probe: nnx.Param | None = None  # (in,), or a stack; see models/probes.py
+    probe: nnx.Param | None = None  # (in,) or (in, in), or a stack; see models/probes.py
 
     def __init__(
         self,

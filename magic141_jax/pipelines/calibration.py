@@ -4,7 +4,7 @@ Prompts are sampled as a user would, picture first, and the pictures and clips n
 
     x_t = (1 - t) x0 + t eps        for each t of the walk but 0
 
-on which `norms` gives the size of what enters every linear map, and `Measured` how far another network is off where
+on which `norms` and `grams` tell what enters every linear map, and `Measured` how far another network is off where
 latents are not known.
 """
 
@@ -109,16 +109,27 @@ def examples(pipeline: TextToVideoPipeline, prompts: Sequence[str] = PROMPTS, *,
 
 def norms(network: Network, params: Params, found: Sequence[Example]) -> dict[str, jax.Array]:
     """{path of a kernel: (in,) or (layers, in)}: the Euclidean norm of each input over all tokens of the examples."""
+    return {path: jnp.sqrt(value) for path, value in _sums(network, params, found).items()}
 
+
+def grams(network: Network, params: Params, found: Sequence[Example], paths: str) -> dict[str, jax.Array]:
+    """{path of a kernel: (in, in) or (layers, in, in)}: sums of x x^T over all tokens of the examples.
+
+    `paths` is a regex over the dotted paths of the maps, without "kernel".
+    """
+    return _sums(network, params, found, products=paths)
+
+
+def _sums(network: Network, params: Params, found: Sequence[Example], products: str = "") -> dict[str, jax.Array]:
     def one(params: Params, example: Example) -> dict[str, jax.Array]:
-        return square_sums(network, params, lambda network, own: _velocity(network, own, example))
+        return square_sums(network, params, lambda network, own: _velocity(network, own, example), products=products)
 
     sums = _compiled(one, params)
     total = None
     for example in found:
         made = sums(params, example)
         total = made if total is None else jax.tree.map(jnp.add, total, made)
-    return {path: jnp.sqrt(value) for path, value in total.items()}
+    return total
 
 
 class Measured:

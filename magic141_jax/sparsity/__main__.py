@@ -5,9 +5,11 @@
     python -m magic141_jax.sparsity default runs/slim --single_blocks 3 --heads 3 --neurons 512
 
 Blocks, heads and neurons are cut out: DST's network is smaller and faster everywhere. Single weights become zeros,
-which `python -m magic141_jax.quantize` packs away. The least important go: by the size of weights and of what enters
-them on samples of some prompts (Wanda), blocks by how far the velocities are off without them. The last lines tell what
-is left, how far the result is off, and the flags with which train.py recovers what was lost.
+which `python -m magic141_jax.quantize` packs away. The least important go, measured on samples of some prompts: single
+weights by their size and that of what enters them (Wanda), heads and neurons by what their map's output loses when the
+others are moved to do their work, which they then are (`--score surgeon`; other scores move nothing), blocks by how far
+the velocities are off without them. The last lines tell what is left, how far the result is off, and the flags with
+which train.py recovers what was lost.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ def _parser() -> OneLineParser:
     add("--neurons", type=int, help="MLP neurons to keep in every block")
     add("--double_blocks", type=int, help="double-stream blocks to keep")
     add("--single_blocks", type=int, help="single-stream blocks to keep")
-    add("--score", choices=("activation", "magnitude"), default="activation", help="what counts (activation)")
+    add("--score", choices=("surgeon", "activation", "magnitude"), default="surgeon", help="what counts (surgeon)")
     add("--prompts", type=Path, help="a text file with a prompt a line to measure on; emoji captions unless given")
     add("--norms", type=Path, help="a safetensors file to write the norms to, for training with pruning.norms")
     return parser
@@ -99,10 +101,12 @@ def _cut(model: Model, args: argparse.Namespace, found: Sequence[Example]) -> Mo
         model = _shrunk(model, params)
     for kind in ("heads", "neurons"):
         keep = getattr(args, kind)
-        if keep is not None:
+        if keep is not None and args.score == "surgeon":
+            inputs = calibration.grams(*model, found, structured.OUTER[kind])
+            model = _shrunk(model, structured.operate(model.network.config, model.params, kind, inputs, keep))
+        elif keep is not None:
             found_scores = scores(_kernels(model.params), _norms(model, args, found))
-            params = structured.silence(model.network.config, model.params, kind, found_scores, keep)
-            model = _shrunk(model, params)
+            model = _shrunk(model, structured.silence(model.network.config, model.params, kind, found_scores, keep))
     return model
 
 
@@ -147,7 +151,7 @@ def _masked(model: Model, config: PruningConfig, norms: Mapping[str, jax.Array] 
 
 
 def _norms(model: Model, args: argparse.Namespace, found: Sequence[Example]) -> dict[str, jax.Array] | None:
-    return calibration.norms(*model, found) if args.score == "activation" else None
+    return None if args.score == "magnitude" else calibration.norms(*model, found)
 
 
 def _kernels(params: Params) -> dict[str, Any]:

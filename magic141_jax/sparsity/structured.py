@@ -25,6 +25,7 @@ import numpy as np
 from magic141_jax.errors import UserError
 from magic141_jax.models.mmdit import MMDiTConfig
 from magic141_jax.pytree import Params, flatten, unflatten
+from magic141_jax.sparsity import surgeon
 
 # Stack of blocks -> its token streams
 STREAMS = {
@@ -33,6 +34,10 @@ STREAMS = {
     "text_in.blocks": ("text_in.blocks",),
 }
 KINDS = ("heads", "neurons", "blocks")
+OUTER = {  # maps out of units, a regex over their paths
+    "heads": r"blocks(\..*)?\.attention_out$",
+    "neurons": r"^(double|single)_blocks\..*\.mlp_down$",
+}
 COLUMNS, ROWS, LAYERS = -1, -2, 0
 
 
@@ -205,19 +210,59 @@ def silence(
       UserError: fewer than one unit would stay, or more than there are; `keep` names an unknown stack.
     """
     flat = flatten(params)
+    for group, count in _kept(config, kind, keep):
+        values = scores[_stack(group)] if kind == "blocks" else unit_scores(group, scores)
+        _mask(flat, group, keep_best(jnp.asarray(values), count))
+    return unflatten(flat)
+
+
+def operate(
+    config: MMDiTConfig, params: Params, kind: str, grams: Mapping[str, jax.Array], keep: int | Mapping[str, int]
+) -> Params:
+    """As `silence` for heads or neurons, which ones and what becomes of the others by `sparsity.surgeon`.
+
+    Args:
+      config, params, kind, keep: as for `silence`.
+      grams: {path: sums of x x^T} of the maps out of the units (`OUTER`).
+
+    Raises:
+      UserError: as `silence`.
+    """
+    flat = flatten(params)
+    for group, count in _kept(config, kind, keep):
+        paths = [member.path for member in group.outer]
+        kept, moved = surgeon.operate(
+            [flat[path] for path in paths], [grams[path] for path in paths], units=group.units, keep=count
+        )
+        flat |= {path: kernel.astype(flat[path].dtype) for path, kernel in zip(paths, moved, strict=True)}
+        _mask(flat, group, kept)
+    return unflatten(flat)
+
+
+def _kept(config: MMDiTConfig, kind: str, keep: int | Mapping[str, int]) -> list[tuple[Group, int]]:
+    """Each group with how many of its units stay."""
     unknown = sorted(set(keep) - {"double_blocks", "single_blocks"}) if isinstance(keep, Mapping) else []
     if unknown:
         raise UserError(f"no stack of blocks is named {unknown[0]!r}; there are double_blocks and single_blocks")
+    found = []
     for group in groups(config, kind):
-        stack = group.outer[0].path.rsplit(".", 3)[0]
+        stack = _stack(group)
         count = keep.get(stack, group.units) if isinstance(keep, Mapping) else keep
         if not 1 <= count <= group.units:
             raise UserError(f"{stack} has {group.units} {kind}, of which 1 to all can be kept, not {count}")
-        values = scores[stack] if kind == "blocks" else unit_scores(group, scores)
-        shapes = {path: flat[path].shape for path in members(group)}
-        for path, mask in unit_masks(group, keep_best(jnp.asarray(values), count), shapes).items():
-            flat[path] = jnp.where(mask, flat[path], 0)
-    return unflatten(flat)
+        found.append((group, count))
+    return found
+
+
+def _stack(group: Group) -> str:
+    return group.outer[0].path.rsplit(".", 3)[0]
+
+
+def _mask(flat: dict[str, jax.Array], group: Group, kept: jax.Array) -> None:
+    """Sets the parameters of the other units to zero."""
+    shapes = {path: flat[path].shape for path in members(group)}
+    for path, mask in unit_masks(group, kept, shapes).items():
+        flat[path] = jnp.where(mask, flat[path], 0)
 
 
 def shrink(config: MMDiTConfig, params: Params) -> tuple[MMDiTConfig, Params]:

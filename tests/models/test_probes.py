@@ -125,6 +125,31 @@ def test_over_a_mesh(sums):
         np.testing.assert_allclose(found[path], want, atol=1e-4 * want.max(), err_msg=path)
 
 
+def test_products_of_chosen_maps():
+    """Their diagonals are the sums of squares; the whole is x^T x of what enters."""
+    network = Network.create(Single, 4)
+    params = random_params(network)
+    x = np.random.default_rng(1).normal(size=(2, 3, 4)).astype(np.float32)
+    y = x @ params["map"]["kernel"] + params["map"]["bias"]
+    found = probes.square_sums(network, params, lambda network, own: network(own, x), products="^map$")
+    rows = np.concatenate([x.reshape(-1, 4), y.reshape(-1, 4)])
+    assert set(found) == {"map.kernel"}
+    np.testing.assert_allclose(found["map.kernel"], rows.T @ rows, rtol=1e-5)
+
+
+def test_products_in_scanned_layers(sums):
+    params = random_params(NETWORK)
+    found = jax.jit(
+        lambda own: probes.square_sums(
+            NETWORK, own, lambda network, own: network(own, *inputs()), products=r"^(double|single)_blocks\..*mlp_down"
+        )
+    )(params)
+    assert set(found) == {path for path in sums if "blocks" in path and "mlp_down" in path and "text_in" not in path}
+    for path, value in found.items():
+        np.testing.assert_allclose(value, np.swapaxes(value, -1, -2), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(np.diagonal(value, axis1=-2, axis2=-1), sums[path], rtol=1e-4)
+
+
 def test_probes_change_no_output_and_stop_other_gradients():
     observed = probes.probed(NETWORK)
     added = set(flatten(observed.abstract_params)) - set(flatten(NETWORK.abstract_params))

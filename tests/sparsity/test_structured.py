@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,12 @@ from magic141_jax.models.network import Network
 from magic141_jax.pytree import flatten, require_match, unflatten
 from magic141_jax.sparsity.structured import (
     KINDS,
+    OUTER,
     groups,
     keep_best,
     members,
     mlp_ratio,
+    operate,
     shrink,
     silence,
     sizes_of,
@@ -293,3 +296,36 @@ def test_mistakes_are_told():
     ):
         with pytest.raises(UserError, match=message):
             silence(CONFIG, params, kind, scores, keep)
+
+
+@pytest.mark.parametrize(("kind", "keep"), [("heads", 2), ("neurons", 5)])
+def test_surgery_takes_out_whole_units_and_moves_the_maps_out_of_them(kind, keep):
+    """What is left shrinks without a change; with the Gram matrices of inputs that nothing correlates nothing moves."""
+    params = random_params(CONFIG)
+    kernels = {path: leaf for path, leaf in flatten(params).items() if re.search(OUTER[kind], path[: -len(".kernel")])}
+    assert kernels.keys() == {m.path for group in groups(CONFIG, kind) for m in group.outer}
+    rng = np.random.default_rng(0)
+    x = {path: rng.normal(size=(leaf.shape[0], 40, leaf.shape[1])) for path, leaf in kernels.items()}
+    grams = {path: np.einsum("lti,ltj->lij", v, v) for path, v in x.items()}
+    made = operate(CONFIG, params, kind, grams, keep)
+    small, left = shrink(CONFIG, made)
+    assert getattr(small, {"heads": "heads", "neurons": "mlp_width"}[kind]) == keep
+    plain = operate(
+        CONFIG, params, kind, {p: np.eye(g.shape[-1])[None].repeat(len(g), 0) for p, g in grams.items()}, keep
+    )
+    for path, kernel in kernels.items():
+        rows = (np.asarray(flatten(made)[path]) != 0).any(-1)
+        errors = [
+            np.linalg.norm(np.einsum("lti,lio->lto", x[path], np.where(rows[..., None], w, 0) - kernel))
+            for w in (flatten(made)[path], kernel)
+        ]
+        assert errors[0] < errors[1], f"{path}: moving the others helps"
+        stays = (np.asarray(flatten(plain)[path]) != 0).any(-1)
+        np.testing.assert_allclose(np.asarray(flatten(plain)[path])[stays], kernel[stays], rtol=1e-5)
+    require_match(left, Network.create(MMDiT, small).abstract_params, what="what is left")
+
+
+@pytest.mark.parametrize("keep", [0, 99, {"blocks": 1}])
+def test_surgery_that_makes_no_sense_is_refused(keep):
+    with pytest.raises(UserError, match=r"can be kept|no stack of blocks"):
+        operate(CONFIG, random_params(CONFIG), "heads", {}, keep)
