@@ -29,6 +29,7 @@ from magic141_jax.distill.consistency import Consistency
 from magic141_jax.distill.dmd import DMD
 from magic141_jax.distill.guidance import GuidanceDistillation
 from magic141_jax.distill.regression import Regression
+from magic141_jax.distill.streaming import Streaming
 from magic141_jax.distill.trajectory import Trajectory
 from magic141_jax.errors import UserError, nearest
 from magic141_jax.models import MODELS, SHARDING_RULES, lora, patch_vae, stored, whitening
@@ -149,6 +150,7 @@ METHODS = {
     "guidance": GuidanceDistillation,
     "regression": Regression,
     "trajectory": Trajectory,
+    "streaming": Streaming,
 }
 
 
@@ -176,6 +178,7 @@ def _build_method(config: ExperimentConfig, mesh: jax.sharding.Mesh, *, abstract
         conditioner=functools.partial(_conditioner, config),
         teacher=functools.partial(_teacher_shapes, config) if abstract else teacher,
         raw_records=functools.partial(_require_raw, config),
+        vae=functools.partial(_vae, config, mesh),
     )
     try:
         return _method_class(config.method.get("name")).build(settings_of_method, parts)
@@ -193,8 +196,18 @@ def _conditioner(config: ExperimentConfig, drawn: ConditioningConfig) -> Conditi
             f"the text states of {config.data.path} were read with the first frame, so there is no text to video: "
             "set config.method.known_frames to (0, ...)"
         )
+    windows = getattr(drawn, "windows", 1)
+    if config.data.video_batch:
+        streams.require_windows(config.data, windows)
     null = {name: jnp.asarray(value) for name, value in streams.null_text(config.data, record_shape(config)).items()}
     return Conditioner(drawn, encoder, NullText(**null), image_rows)
+
+
+def _vae(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> tuple[Network, Params]:
+    """The autoencoder of config.components_from."""
+    if not config.components_from:
+        raise UserError("this method decodes what it makes: set --config.components_from to weights with a VAE")
+    return load_model(weights.part(find_folder(config.components_from), "vae"), mesh=mesh)
 
 
 def _require_raw(config: ExperimentConfig) -> None:
@@ -250,7 +263,8 @@ def record_shape(config: ExperimentConfig) -> streams.RecordShape:
     model = _model_config(config.model, "model")
     if not hasattr(model, "text_width"):
         return streams.RecordShape()
-    return streams.RecordShape(model.out_channels, model.text_width, model.pooled_width)
+    windows = config.method.get("windows", 1)
+    return streams.RecordShape(model.out_channels, model.text_width, model.pooled_width, windows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -451,9 +465,8 @@ class Experiment:
         elif not hasattr(self.method, "sample"):
             logging.warning("train.sample_every is set, but the method can't draw samples")
             return None
-        elif (Path(config.components_from) / "vae").is_dir() and config.components_from:
-            vae, params = load_model(Path(config.components_from) / "vae", mesh=self.mesh)
-            draw = preview.generation(self.method, vae, params, seed=config.seed)
+        elif config.components_from and (Path(config.components_from) / "vae").is_dir():
+            draw = preview.generation(self.method, *_vae(config, self.mesh), seed=config.seed)
         else:
             logging.warning("train.sample_every is set, but components_from has no VAE to decode samples with")
             return None

@@ -23,7 +23,7 @@ from magic141_jax.convert import repository
 from magic141_jax.data import cache, emoji_pack
 from magic141_jax.data.buckets import Bucket, make_buckets, parse_size
 from magic141_jax.data.emoji import DEFAULT_PACK, EmojiClips, EmojiConfig, EmojiPack
-from magic141_jax.data.prepare import Encoders, prepare
+from magic141_jax.data.prepare import Encoders, in_windows, prepare
 from magic141_jax.data.sources import FileClips, Joined, Source, TfdsClips
 from magic141_jax.errors import OneLineParser, UserError, run_entry_point
 from magic141_jax.models.text import TextEncoder
@@ -48,6 +48,14 @@ def _parser() -> OneLineParser:
     )
     made.add_argument(
         "--num_frames", nargs="+", type=int, metavar="N", help="one length or several: the longest that fits"
+    )
+    made.add_argument(
+        "--windows",
+        type=int,
+        default=1,
+        metavar="N",
+        help="store N windows of --num_frames in a row, each one's last"
+        " frame the next one's first: clips are so much longer",
     )
     made.add_argument("--fps", type=float, help="frames a second; 0 keeps each file's own")
     made.add_argument(
@@ -82,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    for name, low in (("limit", 1), ("seed", 0), ("fps", 0), ("text_length", 3)):
+    for name, low in (("limit", 1), ("seed", 0), ("fps", 0), ("text_length", 3), ("windows", 1)):
         value = getattr(args, name)
         if value is not None and not (low <= value < 2**31 and math.isfinite(value)):
             raise UserError(f"--{name} is {value}; it must be {low} or more")
@@ -94,6 +102,11 @@ def _prepare(args: argparse.Namespace) -> None:
     fps = settings["fps"] if args.fps is None else args.fps
     sizes = [parse_size(text) for text in args.size] if args.size else [(settings["height"], settings["width"])]
     lengths = args.num_frames or [settings["num_frames"]]
+    if args.windows > 1:
+        if encoders is None or len(lengths) > 1:
+            raise UserError("--windows takes --weights, which encode each window by itself, and one --num_frames")
+        encoders = in_windows(encoders, lengths[0])
+        lengths, metadata["windows"] = [(lengths[0] - 1) * args.windows + 1], args.windows
     buckets = make_buckets(sizes, lengths, spatial=factors[0], temporal=factors[1])
     source, limit = _open_source(args, buckets, fps or None)
     report = prepare(

@@ -17,12 +17,15 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from magic141_jax.diffusion import flow, timesteps
+from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.diffusion.guidance import guided
 from magic141_jax.distill.roles import STUDENT, TEACHER, Distillation, DistillationConfig
 from magic141_jax.distill.rollout import WalkConfig
 from magic141_jax.pytree import Params
+from magic141_jax.shapes import Latents
 from magic141_jax.train.conditioner import Record, weighted_mean
 
 
@@ -57,21 +60,27 @@ class Trajectory(Distillation):
         self, params: Mapping[str, Params], part: str, record: Record, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[tuple[str, str], jax.Array]]:
         """The loss of one part."""
-        cond_key, index_key, noise_key = jax.random.split(key, 3)
+        cond_key, key = jax.random.split(key)
+        cond = self.backbone.conditioning(params, part, record, cond_key)
+        loss = jnp.mean(self.errors(params, record["latents"].astype(jnp.float32), cond, cond, key))
+        return {STUDENT: loss}, {(STUDENT, "error"): loss}
+
+    def errors(
+        self, params: Mapping[str, Params], data: Latents, shown: Conditioning, seen: Conditioning, key: jax.Array
+    ) -> Float[jax.Array, " b"]:
+        """The loss of each sample at a random step of the walk; the teacher is told `shown`, the student `seen`."""
+        index_key, noise_key = jax.random.split(key)
         config, backbone = self.config, self.backbone
-        data = record["latents"].astype(jnp.float32)
-        cond = backbone.conditioning(params, part, record, cond_key)
         fine = timesteps.grid(config.walk.steps * config.substeps, config.walk.shift)
         first = config.substeps * jax.random.randint(index_key, data.shape[:1], 0, config.walk.steps)
         x = flow.interpolate(data, flow.draw_noise(noise_key, data.shape), fine[first])
-        teacher = guided(backbone.velocity(params, TEACHER), backbone.conditioner.negative(cond), config.guidance)
+        teacher = guided(backbone.velocity(params, TEACHER), backbone.conditioner.negative(shown), config.guidance)
 
         def step(j: jax.Array, y: jax.Array) -> jax.Array:
             t, t_next = fine[first + j], fine[first + j + 1]
-            return y + flow.align(t_next - t, y) * teacher(y, t, cond).astype(jnp.float32)
+            return y + flow.align(t_next - t, y) * teacher(y, t, shown).astype(jnp.float32)
 
         y = jax.lax.fori_loop(0, config.substeps, step, x)
         target = (y - x) / flow.align(fine[first + config.substeps] - fine[first], x)
-        made = backbone.velocity(params, STUDENT, trained=True)(x, fine[first], cond).astype(jnp.float32)
-        loss = jnp.mean(weighted_mean((made - jax.lax.stop_gradient(target)) ** 2, 1 - cond.mask))
-        return {STUDENT: loss}, {(STUDENT, "error"): loss}
+        made = backbone.velocity(params, STUDENT, trained=True)(x, fine[first], seen).astype(jnp.float32)
+        return weighted_mean((made - jax.lax.stop_gradient(target)) ** 2, 1 - seen.mask)

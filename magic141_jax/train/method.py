@@ -44,6 +44,8 @@ class Parts:
       teacher: reads config.teacher, {"transformer": (config, parameters), "image_encoder": ...}, the parameters laid
         over the mesh; raises `UserError` where there is none.
       raw_records: raises `UserError` unless the data holds frames.
+      vae: reads that of config.components_from, (network, parameters laid over the mesh); raises `UserError` where
+        there is none.
     """
 
     network: Network
@@ -51,6 +53,7 @@ class Parts:
     conditioner: Callable[[ConditioningConfig], Conditioner]
     teacher: Callable[[], dict[str, tuple[Any, Params]]]
     raw_records: Callable[[], None]
+    vae: Callable[[], tuple[Network, Params]]
 
 
 class Method(Protocol):

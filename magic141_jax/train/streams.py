@@ -66,18 +66,19 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RecordShape:
-    """Sizes of the random latent records that a network decides: channels, text width, pooled width."""
+    """Sizes of random latent records that network and method decide: channels, text width, pooled width, windows."""
 
     channels: int = 16
     text_width: int = 384
     pooled_width: int = 384
+    windows: int = 1
 
 
 class RandomRecords:
     """A source of random latent records with the shapes of prepared ones; item i is a function of i."""
 
     def __init__(self, config: DataConfig, shape: RecordShape, *, frames: int):
-        self._config, self._shape, self._frames = config, shape, latent_frames(frames)
+        self._config, self._shape, self._frames = config, shape, shape.windows * latent_frames(frames)
 
     def __len__(self) -> int:
         return RANDOM_LENGTH
@@ -135,6 +136,16 @@ def image_tokens(config: DataConfig) -> int:
     return count
 
 
+def require_windows(config: DataConfig, windows: int) -> None:
+    """Raises `UserError` unless the clips of a prepared folder are chains of just so many windows."""
+    held = windows if config.path == RANDOM else open_cache(config.path, "latent").metadata.get("windows", 1)
+    if held != windows:
+        raise UserError(
+            f"{config.path} holds clips of {held} window{'s' * (held > 1)} and this method takes {windows}: "
+            f"prepare it with --windows {windows}"
+        )
+
+
 def null_text(config: DataConfig, shape: RecordShape) -> dict[str, np.ndarray]:
     """The text states of the empty caption without rows of a picture: text (s, e), text_mask (s,), pooled (p,)."""
     if config.path == RANDOM:
@@ -181,7 +192,7 @@ def _image_sources(config: DataConfig, shape: RecordShape | None) -> tuple[tuple
     """The sources of images, and the transform that makes an image of each sample."""
     path = config.image_path or config.path
     if path == RANDOM:
-        return (RandomRecords(config, shape or RecordShape(), frames=1),), None
+        return (RandomRecords(config, dataclasses.replace(shape or RecordShape(), windows=1), frames=1),), None
     if path == EMOJI:
         return (_emoji(config, "image"),), None
     cache = open_cache(path)

@@ -44,7 +44,7 @@ def random_params(network, seed=0):
     return tree.unflatten([x + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)])
 
 
-def parts(**changes):
+def parts(vae=None, **changes):
     """What an experiment hands to a method: a network of `changes`, and a random teacher of the plain sizes."""
     plain = Network.create(MMDiT, SIZES)
     teacher = {"transformer": (SIZES, random_params(plain))}
@@ -53,7 +53,7 @@ def parts(**changes):
         return Conditioner(config, None, NULL)
 
     network = Network.create(MMDiT, dataclasses.replace(SIZES, **changes))
-    return Parts(network, "mmdit", conditioner, lambda: teacher, lambda: None)
+    return Parts(network, "mmdit", conditioner, lambda: teacher, lambda: None, vae)
 
 
 @dataclasses.dataclass
