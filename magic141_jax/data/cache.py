@@ -6,9 +6,11 @@
 
 A record is a dict of arrays and strings. Kind "raw": frames (uint8 t y x 3), caption, captions, tags. Kind "latent":
 latents (float16 f h w c), text (float16 s e), text_mask (bool s), pooled (float16 e), anchor (uint8 y x 3: the first
-frame), caption, tags. With `windows` N > 1 in metadata.json a clip is a chain: N windows of f frames, each encoded by
-itself, the last pixel frame of one the first of the next; latents are then (N f, h, w, c). The first `image_tokens` of the s text states are rows of the anchor, where the text encoder read
+frame), caption, tags. The first `image_tokens` of the s text states are rows of the anchor, where the text encoder read
 it together with the caption; 0 (or no such key) elsewhere. Those of null_text.safetensors are rows of a black picture.
+
+With `windows` N > 1 in metadata.json a clip is a chain: N windows of f latent frames, each encoded by itself, the last
+pixel frame of one the first of the next; latents are then (N f, h, w, c).
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ told the data's own first latents, with y the teacher's steps of `trajectory`:
 
     loss = mean over unknown latents of (v_student(x_t, t_i, h_w) - (y - x_t) / (t_{i+1} - t_i))^2
 
-With the student that one starts from as the teacher (guidance 1, one substep), mending is all there is to learn. What is
-lost from h_w stands in the first image still, whose tokens every window has before its text.
+With the student that one starts from as the teacher (guidance 1, one substep), mending is all there is to learn. What
+is lost from h_w stands in the first image still, whose tokens every window has before its text.
 """
 
 from __future__ import annotations

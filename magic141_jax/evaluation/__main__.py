@@ -5,12 +5,15 @@
     python -m magic141_jax.evaluation compare --row "teacher=DIR:steps=50,guidance=1.5"
         --row "student=DIR:steps=4,guidance=1" [--samples N] [--seeds 0,1,2] [--splits train,triples] [--draws K]
         [--output comparison.json]
+    python -m magic141_jax.evaluation drift --row "default=default" --row "no anchor=default:anchor=false"
+        [--seconds 60] [--samples N] [--seed S] [--split triples] [--output drift.json] [--plot drift.svg]
     python -m magic141_jax.evaluation page docs/results/distillation docs
 
 The first prints the card's table; with --card, it replaces what stands between the card's evaluation markers. The
 second holds all rows against the first one; see `magic141_jax.evaluation.compare` for rows and measures. Its output
-is written after every seed: started again, it goes on with the seeds that are missing. The third makes a page of such
-outputs; see `magic141_jax.evaluation.page`.
+is written after every seed: started again, it goes on with the seeds that are missing. The third follows long videos
+window by window (`magic141_jax.evaluation.drift`), and goes on with the rows that are missing. The fourth makes a page
+of comparisons; see `magic141_jax.evaluation.page`.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from tqdm import tqdm
 from magic141_jax import weights
 from magic141_jax.data.emoji import DEFAULT_PACK, EmojiPack
 from magic141_jax.errors import OneLineParser, UserError, run_entry_point
-from magic141_jax.evaluation import compare, drift, page, protocol, record, report, standing
+from magic141_jax.evaluation import compare, drift, page, plots, protocol, record, report, standing
 from magic141_jax.evaluation.templates import Search
 from magic141_jax.pipelines.components import DEFAULT
 from magic141_jax.pipelines.options import resolve
@@ -119,7 +122,8 @@ def evaluate(
             results["splits"][split] = protocol.evaluate_clips(clips[split], search, progress=progress)
         if args.minute:
             scenes = protocol.draw_scenes(pack, "train", args.minute, seed=args.seed)
-            results["minute"] = drift.measure_drift(pipeline, pack, search, scenes, options=options, progress=progress)
+            followed = drift.measure_drift(pipeline, pack, search, scenes, options=options, progress=progress)
+            results["minute"] = followed["windows"]
     return results, clips
 
 
@@ -183,6 +187,84 @@ def _compare_command(args: argparse.Namespace, rows: Sequence[compare.Row]) -> s
     return f"python -m magic141_jax.evaluation compare {shlex.join(given)}"
 
 
+def main_drift(argv: Sequence[str]) -> int:
+    """Runs `drift`; raises `UserError` for what the user can mend."""
+    parser = OneLineParser(
+        prog="python -m magic141_jax.evaluation drift", description="Follows long videos window by window."
+    )
+    row = "label=FOLDER[:KEY=VALUE,...] with the keys of compare, or " + ", ".join(compare.WINDOWS)
+    parser.add_argument("--row", action="append", default=[], metavar="ROW", help=row)
+    parser.add_argument("--samples", type=int, default=16, metavar="N", help="captions, a video each")
+    parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="length of a video")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="draws the captions")
+    parser.add_argument("--split", default="triples", choices=("train", "triples"), help="of captions")
+    parser.add_argument("--pack", type=Path, default=DEFAULT_PACK, metavar="ZIP", help="the emoji pack")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="all values; goes on with what is there")
+    parser.add_argument("--plot", type=Path, metavar="SVG", help="curves over time")
+    args = parser.parse_args(argv)
+    for name, low, high in (("samples", 1, MAX_SAMPLES), ("seconds", 1, 3600), ("seed", 0, protocol.MAX_SEED)):
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be from {low} to {high}")
+    rows = compare.read_rows(args.row, fewest=1)
+    report.require_folders(args.output, args.plot)
+    loaded, pack = compare.load_rows(rows), EmojiPack(args.pack)
+    settings = {name: getattr(args, name) for name in ("samples", "seconds", "seed", "split")}
+    found = weights.read_json(args.output) if args.output and args.output.exists() else {"settings": settings}
+    if found["settings"] != settings:
+        raise UserError(f"{args.output} holds videos of {found['settings']}, not of {settings}; name another --output")
+    side, _ = protocol.frame_side(loaded[0].pipeline), found.setdefault("rows", {})
+    search, scenes = Search(pack, side), protocol.draw_scenes(pack, args.split, args.samples, seed=args.seed)
+    with tqdm(total=args.samples * len(rows), unit="video") as bar:
+        for x in loaded:
+            found = _follow_row(found, x, pack=pack, search=search, scenes=scenes, bar=bar)
+            if args.output:
+                report.write(args.output, report.to_json(found))
+    if "vae" not in found:
+        images = protocol.render_clips(pack, scenes, side=side, num_frames=1)[:, 0]
+        found["vae"] = drift.vae_drift(
+            loaded[0].pipeline, images, trips=len(found["rows"][rows[0].label]["windows"]["motion"])
+        )
+    shown = {row.label: found["rows"][row.label] for row in rows}
+    if args.output:
+        report.write(args.output, report.to_json(found))
+    if args.plot:
+        step = args.seconds / len(shown[rows[0].label]["windows"]["motion"])
+        labels = {name: name.replace("_", " ") for name in drift.MEASURES if name not in ("subject_psnr", "sharpness")}
+        curves = {label: row["windows"] for label, row in shown.items()}
+        report.write(args.plot, plots.over_time(curves, step, labels=labels))
+    print(report.drift_summary(shown, found["vae"]))
+    return 0
+
+
+def _follow_row(
+    found: dict[str, Any],
+    row: compare.Loaded,
+    *,
+    pack: EmojiPack,
+    search: Search,
+    scenes: Sequence[Any],
+    bar: tqdm,
+) -> dict[str, Any]:
+    """`found` with a row that it lacks, or that was of other weights."""
+    label, identity = row.row.label, compare.identity(row)
+    before = found["rows"].get(label)
+    if before is not None and before["identity"] == identity:
+        bar.update(len(scenes))
+        return found
+    start = time.perf_counter()
+    values = drift.measure_drift(
+        row.pipeline,
+        pack,
+        search,
+        scenes,
+        seconds=found["settings"]["seconds"],
+        options=row.row.options,
+        progress=_teller(bar),
+    )
+    made = {**record.stamp(), "seconds": round(time.perf_counter() - start, 1)}
+    return {**found, "rows": {**found["rows"], label: {"identity": identity, "made": made, **values}}}
+
+
 def main_page(argv: Sequence[str]) -> int:
     """Runs `page`; raises `UserError` for what the user can mend."""
     parser = OneLineParser(
@@ -222,7 +304,7 @@ def _command(args: argparse.Namespace) -> str:
     return " ".join(["python -m magic141_jax.evaluation", *given])
 
 
-COMMANDS = {"compare": main_compare, "page": main_page}
+COMMANDS = {"compare": main_compare, "drift": main_drift, "page": main_page}
 
 if __name__ == "__main__":
     run_entry_point(main)

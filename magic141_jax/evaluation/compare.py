@@ -55,8 +55,17 @@ SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "shift": ("shift", float),
     "sampler": ("sampler", str),
 }
+WINDOWS: dict[str, tuple[str, Callable[[str], Any]]] = {  # of long videos, see `drift`
+    "overlap": ("overlap_latents", int),
+    "history_noise": ("history_noise", float),
+    "match_colors": ("match_colors", float),
+    "carry": ("carry", str),
+    "blend": ("blend", lambda text: bool(TRUTH.index(text))),
+    "anchor": ("anchor", lambda text: bool(TRUTH.index(text))),
+}
+TRUTH = ("false", "true")
 PARTS = {"lora": ("lora", str), "transformer": ("transformer", str)}
-KEYS = SETTINGS | PARTS
+KEYS = SETTINGS | WINDOWS | PARTS
 FORM = "a row is label=FOLDER or label=FOLDER:steps=4,guidance=1"
 REFERENCE = 128  # true clips that the units of the features come from
 REFERENCE_SEED, NOISE_SEED = 1410, 141
@@ -121,11 +130,12 @@ class Made:
     seconds: dict[str, float]
 
 
-def read_rows(texts: Sequence[str]) -> tuple[Row, ...]:
+def read_rows(texts: Sequence[str], *, fewest: int = 2) -> tuple[Row, ...]:
     """Rows as the command line gives them; raises `UserError` for a wrong form or key, and for equal labels."""
     rows = tuple(_read_row(text) for text in texts)
-    if len(rows) < 2:
-        raise UserError("a comparison takes at least two --row: the others are held against the first")
+    if len(rows) < fewest:
+        why = "a comparison takes at least two --row: the others are held against the first"
+        raise UserError(why if fewest == 2 else f"give at least {fewest} --row")
     labels = [row.label for row in rows]
     for label in labels:
         if labels.count(label) > 1:
@@ -348,7 +358,7 @@ def _read_row(text: str) -> Row:
         try:
             given[name] = kind(value)
         except ValueError:
-            what = "a whole number" if kind is int else "a number"
+            what = {int: "a whole number", float: "a number"}.get(kind, "true or false")
             raise UserError(f"row {label}: {key} is {value!r}; it must be {what}") from None
     parts = {name: given.pop(name) for name in PARTS if name in given}
     return Row(label, folder, given, **parts)

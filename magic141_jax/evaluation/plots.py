@@ -92,11 +92,7 @@ def draw(rows: Mapping[str, Any], split: str, *, axis: Axis, measures: Sequence[
     Raises:
       UserError: matplotlib isn't installed, nothing of `measures` was measured, or no row has a step although x is one.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("plots need matplotlib: pip install -r requirements-dev.txt") from None
+    matplotlib, figure_class = _matplotlib()
     if axis == "steps" and all(split_label(label)[1] is None for label in rows):
         raise UserError(f"no row is named NAME@STEP, so there is no curve to draw; the rows are {', '.join(rows)}")
     first = next(iter(next(iter(rows.values()))["values"][split].values()))
@@ -105,7 +101,7 @@ def draw(rows: Mapping[str, Any], split: str, *, axis: Axis, measures: Sequence[
         raise UserError(f"the comparison has none of the measures to plot: {', '.join(measures)}")
     size = (PANEL_INCHES[0] * len(measures), PANEL_INCHES[1] * len(kinds) + 0.4)
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = figure_class(figsize=size, layout="constrained")
         panels = figure.subplots(len(kinds), len(measures), squeeze=False)
         for kind, of in zip(kinds, panels, strict=True):
             for measure, panel in zip(measures, of, strict=True):
@@ -117,8 +113,52 @@ def draw(rows: Mapping[str, Any], split: str, *, axis: Axis, measures: Sequence[
         told = [zip(*reversed(panel.get_legend_handles_labels()), strict=True) for panel in panels.flat]
         names = {name: handle for pairs in told for name, handle in pairs}
         figure.legend(names.values(), names, loc="outside upper center", ncols=6, frameon=False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        return _svg(figure)
+
+
+def over_time(
+    rows: Mapping[str, Mapping[str, Sequence[float]]], seconds: float, *, labels: Mapping[str, str], columns: int = 4
+) -> str:
+    """The SVG of values by window: a panel for each measure, a curve for each row.
+
+    Args:
+      rows: {label: {measure: a value for each window}}, such as `drift.measure_drift` makes.
+      seconds: from one window's end to the next one's.
+      labels: {measure: title of its panel}: what is drawn.
+      columns: panels side by side.
+
+    Raises:
+      UserError: matplotlib isn't installed.
+    """
+    matplotlib, figure_class = _matplotlib()
+    height = -(-len(labels) // columns)
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+        figure = figure_class(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * height + 0.4), layout="constrained")
+        panels = list(figure.subplots(height, columns, squeeze=False).flat)
+        for panel, (measure, title) in zip(panels, labels.items()):
+            for i, (label, windows) in enumerate(rows.items()):
+                values = np.asarray(windows[measure], np.float64)
+                panel.plot(seconds * np.arange(1, len(values) + 1), values, color=f"C{i % 10}", label=label)
+            panel.set_title(title, fontsize=9)
+            panel.set_xlabel("seconds")
+        for panel in panels[len(labels) :]:
+            panel.set_axis_off()
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
+        return _svg(figure)
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plots need matplotlib: pip install -r requirements-dev.txt") from None
+    return matplotlib, Figure
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 

@@ -70,12 +70,7 @@ def add(record: Mapping[str, Any], seed: int, values: Mapping[str, Any], *, seco
         for split, kinds in splits.items():
             new["rows"][label]["values"][split][str(seed)] = kinds
     new["settings"]["seeds"].append(seed)
-    new["made"][str(seed)] = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": device(),
-        "versions": versions(),
-        "seconds": round(seconds, 1),
-    }
+    new["made"][str(seed)] = {**stamp(), "seconds": round(seconds, 1)}
     new["standings"] = {s: standing.standings(new["rows"], s) for s in new["settings"]["splits"]}
     return new
 
@@ -112,6 +107,12 @@ def shown(path: str) -> str:
         return str(Path(path).relative_to(Path.cwd()))
     except ValueError:
         return Path(path).name
+
+
+def stamp() -> dict[str, Any]:
+    """When and by what numbers are made: date, device, versions."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"date": today, "device": device(), "versions": versions()}
 
 
 def device() -> str:

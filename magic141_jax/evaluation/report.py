@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from magic141_jax.errors import UserError
+from magic141_jax.evaluation import drift
 from magic141_jax.evaluation.protocol import SPLITS
 
 BEGIN, END = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"
@@ -90,6 +91,18 @@ def drift_table(minute: Mapping[str, list[float]]) -> str:
     }
     lines = [[label, *(cell(minute[k][i], forms.get(k, "{:.2f}")) for i in shown)] for k, label in labels.items()]
     return markdown(["end of window", *(str(i + 1) for i in shown)], lines)
+
+
+def drift_summary(rows: Mapping[str, Mapping[str, Any]], vae: Sequence[float]) -> str:
+    """The markdown table of `drift.SUMMARY` for rows of {"summary": ...}, and a line on the autoencoder alone."""
+    lines = [
+        [label, *(cell(row["summary"][name], form) for name, (_, form) in drift.SUMMARY.items())]
+        for label, row in rows.items()
+    ]
+    head = ["", *(label for label, _ in drift.SUMMARY.values())]
+    trips = sorted({1, 2, 5, 10, 20, len(vae)} & set(range(1, len(vae) + 1)))
+    told = ", ".join(f"{vae[n - 1]:.1f} after {n}" for n in trips)
+    return f"{markdown(head, lines)}\n\nA picture through the autoencoder alone, again and again: PSNR {told} (dB)."
 
 
 def section(results: Mapping[str, Any]) -> str:

@@ -120,7 +120,7 @@ def grams(network: Network, params: Params, found: Sequence[Example], paths: str
     return _sums(network, params, found, products=paths)
 
 
-def _sums(network: Network, params: Params, found: Sequence[Example], products: str = "") -> dict[str, jax.Array]:
+def _sums(network: Network, params: Params, found: Sequence[Example], *, products: str = "") -> dict[str, jax.Array]:
     def one(params: Params, example: Example) -> dict[str, jax.Array]:
         return square_sums(network, params, lambda network, own: _velocity(network, own, example), products=products)
 
