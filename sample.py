@@ -2,6 +2,7 @@
 
     python sample.py --prompt "a shark moves left on a yellow background"
     python sample.py --prompt "a star moves left on a blue background" --image photo.png --duration 4 --output star.gif
+    python sample.py --prompt_schedule story.jsonl --duration 60
     python sample.py --prompt "a small red boat" --weights owner/name --mesh fsdp=2,context=4
 
 Writes the video (mp4, gif or webp, by extension; png: the image alone), the first image and a JSON sidecar beside it.
@@ -29,7 +30,8 @@ from magic141_jax.errors import UserError, nearest, run_entry_point
 from magic141_jax.pipelines import media
 from magic141_jax.pipelines.components import DEFAULT
 from magic141_jax.pipelines.long_video import stream_video
-from magic141_jax.pipelines.options import as_prompts, resolve
+from magic141_jax.pipelines.options import resolve
+from magic141_jax.pipelines.schedule import opening, read_schedule
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 from magic141_jax.sharding import AXES, make_mesh, parse_mesh
 
@@ -39,7 +41,7 @@ MAX_UPSCALED_SIDE = 8192
 WATCHABLE_SIDE = 256
 IN_METADATA = (
     *("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift", "sampler"),
-    *("overlap_latents", "history_noise"),
+    *("overlap_latents", "history_noise", "match_colors", "carry", "blend", "anchor"),
 )
 
 
@@ -95,10 +97,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the flags and checks all that needs no weights."""
     parser = Parser(prog="sample.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--prompt", help="what to show (required)")
+    add("--prompt", help="what to show (required, but for a schedule that begins at 0)")
+    add("--prompt_schedule", type=Path, help='other prompts: a file of lines {"time": seconds, "prompt": "..."}')
     add("--negative_prompt", help="what to avoid; counts with --guidance other than 1")
     add("--image", type=Path, help="the first frame; made from the prompt unless given")
     add("--duration", type=float, help="seconds of video; one window unless given")
+    add("--match_colors", type=float, default=0.0, help="0 to 1: holds border colours over a long video's windows")
+    add("--blend", action="store_true", help="fades from window to window of a long video")
     add("--steps", type=int, help="sampling steps; as the weights were made for unless given, as below")
     add("--guidance", type=float, help="guidance scale; 1 is none, and twice as fast")
     add("--num_frames", type=int, help="frames of a clip, or of a window of a longer video: 4k + 1")
@@ -127,9 +132,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if not flag.startswith("--"):
             raise UserError(f"unexpected argument {flag!r}; put the prompt in quotes")
         raise UserError(f"unknown flag {flag}.{nearest(flag, [f'--{name}' for name in vars(args)])}")
-    if args.prompt is None:
+    args.schedule = () if args.prompt_schedule is None else read_schedule(args.prompt_schedule)
+    if args.prompt is None and not args.schedule:
         raise UserError('--prompt is missing; try --prompt "a shark moves left on a yellow background"')
-    as_prompts(args.prompt)
+    args.prompt, _ = opening(args.prompt, args.schedule)
     if args.duration is not None and not 0 < args.duration <= MAX_SECONDS:
         raise UserError(f"--duration is {args.duration} seconds; it must be above 0 and at most {MAX_SECONDS:.0f}")
     if args.steps is not None and args.steps < 1:
@@ -151,6 +157,8 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "guidance_scale": args.guidance,
         "seed": args.seed,
         "num_frames": args.num_frames,
+        "match_colors": args.match_colors,
+        "blend": args.blend,
     }
     if args.size is not None:
         sides = args.size.lower().split("x")
@@ -181,6 +189,7 @@ def describe(args: argparse.Namespace, pipeline: TextToVideoPipeline, options: d
     resolved = dataclasses.asdict(resolve(options, components))
     return {
         "prompt": args.prompt,
+        "prompt_schedule": [cue._asdict() for cue in args.schedule],
         "negative_prompt": args.negative_prompt,
         "image": args.image.name if args.image else None,
         "seed": options["seed"],
@@ -208,7 +217,8 @@ def make_video(
     """Makes one video and writes its files, all of them or none; processes that do not write compute it only."""
     still, sidecar = path.with_suffix(".png"), path.with_suffix(".json")
     bar.set_description("image")
-    stream = stream_video(pipeline, args.prompt, total_frames=about["frames"], image=image, **options)
+    told = {"total_frames": about["frames"], "image": image, "schedule": args.schedule}
+    stream = stream_video(pipeline, args.prompt, **told, **options)
     bar.set_description("video")
     clip = stream if path != still else ()  # of a png no window is computed, by any process
     if not processes.leads():
@@ -230,7 +240,10 @@ def make_video(
 
 
 def timing_line(seconds: dict[str, float], elapsed: float, length: float) -> str:
-    """Seconds by stage, and the real-time factor: seconds of work, compilation apart, per second of video."""
+    """Seconds by stage, and the real-time factor: seconds of work, compilation apart, per second of video.
+
+    "video" is the wait for windows, each with its decoding, but with --offload; "decode" is then that of the image.
+    """
     names = ("text", "image", "video", "decode", "compile", *(name for name in ("move",) if name in seconds))
     stages = ", ".join(f"{name} {seconds[name]:.2f} s" for name in names)
     working = elapsed - seconds["compile"]

@@ -75,6 +75,32 @@ def test_several_videos_have_their_own_seeds(run):
     assert (folder / "out-0.png").read_bytes() != (folder / "out-1.png").read_bytes()
 
 
+def test_a_story(run, sample, weights_folder, tmp_path, capsys):
+    story, folder = tmp_path / "story.jsonl", run.folder
+    lines = [{"time": 0, "prompt": PROMPT}, {"time": 1.125, "prompt": "a blue cat"}, {"time": 9, "prompt": "a cat"}]
+    story.write_text("\n".join(map(json.dumps, lines)))
+    made = ["--weights", str(weights_folder), "--output", str(folder / "out.mp4"), "--duration", "2"]
+    assert sample.main([*made, "--prompt_schedule", str(story)]) == 0
+    told = capsys.readouterr().err
+    assert told.count("warning") == 1 and "line 3 of the schedule is for 9 s" in told
+    about = json.loads((folder / "out.json").read_text())
+    assert (about["prompt"], about["prompt_schedule"]) == (PROMPT, lines)
+    assert len(read_frames(folder / "out.mp4")) == 16
+
+
+def test_mistakes_of_a_story(sample, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    story = tmp_path / "story.jsonl"
+    story.write_text('{"time": 2, "prompt": "a cat"}\n{"time": 1, "prompt": "a dog"}\n')
+    for file, message in (("story.jsonl", "line 2 of the schedule"), ("missing.jsonl", "no schedule")):
+        with pytest.raises(UserError, match=message):
+            sample.main(["--prompt_schedule", file])
+    story.write_text('{"time": 2, "prompt": "a cat"}\n')
+    with pytest.raises(UserError, match="line 1 of the schedule is for 2 s; it must be for 0"):
+        sample.main(["--prompt_schedule", "story.jsonl"])
+    assert names(tmp_path) == ["story.jsonl"]
+
+
 def test_a_picture_is_animated(run, tmp_path):
     photo = tmp_path / "photo.png"
     Image.radial_gradient("L").resize((50, 40)).save(photo)
@@ -141,6 +167,7 @@ def test_png_is_the_image_alone(run):
         (["--duration", "600", "--output", "long.gif"], "write an .mp4"),
         (["--guidance", "-1"], "guidance_scale"),
         (["--seed", "-1"], "seed"),
+        (["--match_colors", "2"], "match_colors is 2"),
         (["--size", "40"], "32x32 and 48x48"),
         (["--size", "big"], "WIDTHxHEIGHT"),
         (["--size", "999999"], "to 4096"),

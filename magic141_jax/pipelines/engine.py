@@ -5,6 +5,7 @@
     encode_known  frames (b, t, y, x, 3)           -> known latents and mask of a clip
     denoise       conditioning, seeds              -> latents
     decode        latents (b, f, h, w, c)          -> frames (b, t, y, x, 3) in [0, 1]
+    window        state, prompts                   -> frames, state: the three above, of a long video, as one program
 
 Each stage is one compiled program per set of shapes, with the parameters as arguments. An image, a clip and every
 window of a long video share them: which latent frames are known is data, not a shape. Noise is drawn inside, from
@@ -18,10 +19,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +37,7 @@ from magic141_jax.models.network import Network
 from magic141_jax.models.resident import Held, taken
 from magic141_jax.models.text import TextStates
 from magic141_jax.models.vae import latent_frames
+from magic141_jax.pipelines import window
 from magic141_jax.pipelines.components import Components, Model
 from magic141_jax.pipelines.options import SamplingOptions, per_prompt
 from magic141_jax.pytree import Params
@@ -45,8 +46,7 @@ from magic141_jax.shapes import Frames, Images, Latents, TokenMask, Tokens
 IMAGE_PURPOSE = 0  # of noise; window w of a video has purpose w + 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompts:
+class Prompts(NamedTuple):
     """Encoded prompts, and the negative ones where guidance takes a second pass."""
 
     positive: TextStates
@@ -58,6 +58,9 @@ class Stage:
 
     Over a mesh, on which the parameters lie, arrays come in from the host or from another stage. Parameters that are
     not there to stay are fetched for each call, which counts as "move".
+
+    `donate` are the arrays, by number, whose memory the results may take. With `wait` false a call returns as soon as
+    its program is started; whoever reads the results waits for them.
     """
 
     def __init__(
@@ -67,24 +70,28 @@ class Stage:
         seconds: collections.Counter[str],
         *,
         mesh: jax.sharding.Mesh | None = None,
+        donate: Sequence[int] = (),
+        wait: bool = True,
     ) -> None:
         self._function, self._params, self._seconds = sharding.over(mesh, function), params, seconds
-        self._mesh = mesh
+        self._mesh, self._wait = mesh, wait
+        self._donate = tuple(1 + number for number in donate)  # behind the parameters
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, label: str, *arrays: Any, **static: Any) -> Any:
-        """Runs the stage and adds its seconds to `label`; blocks until the result is there."""
+        """Runs the stage and adds its seconds to `label`; blocks until the result is there, if it is to wait."""
         leaves, structure = jax.tree.flatten(arrays)
         leaves = list(map(jnp.asarray, leaves)) if self._mesh is None else sharding.spread(leaves, self._mesh)
         key = (structure, *((x.shape, x.dtype, x.sharding) for x in leaves), *sorted(static.items()))
         arrays, params = jax.tree.unflatten(structure, leaves), self._taken()
         if key not in self._compiled:
             start = time.perf_counter()
-            traced = jax.jit(functools.partial(self._function, **static)).lower(params, *arrays)
-            self._compiled[key] = traced.compile()
+            program = jax.jit(functools.partial(self._function, **static), donate_argnums=self._donate)
+            self._compiled[key] = program.lower(params, *arrays).compile()
             self._seconds["compile"] += time.perf_counter() - start
         with clock(self._seconds, label):
-            return jax.block_until_ready(self._compiled[key](params, *arrays))
+            made = self._compiled[key](params, *arrays)
+            return jax.block_until_ready(made) if self._wait else made
 
     def _taken(self) -> Params:
         if not callable(self._params):
@@ -94,7 +101,11 @@ class Stage:
 
 
 class Engine:
-    """The stages over one set of components. `seconds` counts by label: text, image, video, decode, compile, move."""
+    """The stages over one set of components.
+
+    `seconds` counts by label: text, image, video, decode, compile, move. All of a window of a long video counts as
+    "video", decoding and encoding too, where it is one program; what is counted is how long its caller waited for it.
+    """
 
     def __init__(self, components: Components) -> None:
         self.components = components
@@ -102,9 +113,15 @@ class Engine:
         self._denoise = self._stage(_denoise, components.transformer)
         self._encode_known = self._stage(_encode_known, components.vae)
         self._decode = self._stage(_decode, components.vae)
-        if components.image_encoder is not None:
-            self._image_tokens = self._stage(_prepend_image_tokens, components.image_encoder)
+        seeing = components.image_encoder
+        self._image_tokens = None if seeing is None else self._stage(_prepend_image_tokens, seeing)
+        self._window = self._fused_window()
         self._text_sizes: set[int] = set()
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether `next_window` returns before its frames are there: not where parameters come and go."""
+        return self._window is not None
 
     def encode_text(
         self, prompts: Sequence[str], options: SamplingOptions, *, images: Sequence[np.ndarray] | None = None
@@ -172,37 +189,46 @@ class Engine:
           purpose: which noise of a seed: IMAGE_PURPOSE, or w + 1 for window w of a video.
           history_noise: level of noise on what the network sees of the known latents.
         """
-        shape = cond.known.shape
-        noise = options.latents
-        if noise is not None and np.shape(noise) != shape:
-            raise UserError(f"latents have shape {np.shape(noise)}; this call takes {shape}")
-        seeds = per_prompt(options.seed, shape[0], "seed")
-        indices = range(shape[0]) if isinstance(options.seed, int) else [0] * shape[0]
-        draws = np.array([[seed, index, purpose] for seed, index in zip(seeds, indices, strict=True)], np.uint32)
-        walk = _Walk(
-            cond,
-            negative,
-            noise,
-            draws,
-            times=timesteps.grid(options.num_inference_steps, options.shift),
-            guidance_scale=np.float32(options.guidance_scale),
-            history_noise=np.float32(history_noise),
-        )
-        label = "image" if purpose == IMAGE_PURPOSE else "video"
-        made_for = self.components.sampling
-        return self._denoise(
-            label,
-            walk,
-            sampler=options.sampler,
-            callback=options.callback,
-            image_share=made_for.image_share,
-            keep=made_for.keep_known,
-        )
+        walk = self._walk(cond, negative, options, purpose=purpose, history_noise=history_noise)
+        return self._denoise("image" if purpose == IMAGE_PURPOSE else "video", walk, **self._made_for(options))
 
     def decode(self, latents: Latents) -> np.ndarray:
         """Normalised latents -> frames in [0, 1] on the host, without those that the weights' makers drop."""
         drop = self.components.sampling.dropped_frames if latents.shape[1] > 1 else 0
         return sharding.to_host(self._decode("decode", latents))[:, drop:]
+
+    def begin(self, cond: Conditioning, options: SamplingOptions, *, purpose: int, plan: window.Plan) -> window.State:
+        """The state before window 0: `cond` knows the first image; its noise is that of `purpose`."""
+        walk = self._walk(cond, None, options, purpose=purpose, history_noise=0.0)
+        return window.begin(walk, options.history_noise, plan=plan, size=(options.height, options.width))
+
+    def next_window(
+        self, state: window.State, prompts: Prompts, options: SamplingOptions, *, plan: window.Plan
+    ) -> tuple[Frames, window.State]:
+        """Starts the next window of a long video; see `window.step`. `state` is used up. Frames are for `fetch`.
+
+        One program, which is not waited for. Where parameters come and go it is the stages one by one, with only one
+        network on the devices at a time, and what passes between them on the host.
+        """
+        static, total = self._made_for(options), self._latent_shape(options)[0]
+        if self._window is not None:
+            return self._window("video", state, prompts, plan=plan, total=total, **static)
+
+        def from_host(stage: Stage | None, label: str, **static: Any) -> Callable[..., Any]:
+            return lambda *arrays: sharding.to_host(stage(label, *arrays, **static))
+
+        stages = window.Stages(
+            denoise=from_host(self._denoise, "video", **static),
+            decode=from_host(self._decode, "decode"),
+            encode=from_host(self._encode_known, "video", total=total),
+            look=from_host(self._image_tokens, "image"),
+        )
+        return window.step(stages, state, *prompts, plan=plan)
+
+    def fetch(self, frames: Frames) -> np.ndarray:
+        """A window's frames on the host, once they are there."""
+        with clock(self.seconds, "video"):
+            return sharding.to_host(frames)
 
     def _nothing_known(self, batch: int, options: SamplingOptions) -> tuple[Latents, LatentMask]:
         shape = (batch, *self._latent_shape(options))
@@ -213,6 +239,48 @@ class Engine:
         vae = self.components.vae.network.config
         frames = latent_frames(options.num_frames, vae.temporal_factor)
         return frames, options.height // vae.spatial_factor, options.width // vae.spatial_factor
+
+    def _walk(
+        self,
+        cond: Conditioning,
+        negative: TextStates | None,
+        options: SamplingOptions,
+        *,
+        purpose: int,
+        history_noise: float,
+    ) -> _Walk:
+        shape = cond.known.shape
+        noise = options.latents
+        if noise is not None and np.shape(noise) != shape:
+            raise UserError(f"latents have shape {np.shape(noise)}; this call takes {shape}")
+        seeds = per_prompt(options.seed, shape[0], "seed")
+        indices = range(shape[0]) if isinstance(options.seed, int) else [0] * shape[0]
+        draws = np.array([[seed, index, purpose] for seed, index in zip(seeds, indices, strict=True)], np.uint32)
+        return _Walk(
+            cond,
+            negative,
+            noise,
+            draws,
+            times=timesteps.grid(options.num_inference_steps, options.shift),
+            guidance_scale=np.float32(options.guidance_scale),
+            history_noise=np.float32(history_noise),
+        )
+
+    def _made_for(self, options: SamplingOptions) -> dict[str, Any]:
+        """What a program of `_denoise` is compiled for."""
+        made_for = self.components.sampling
+        asked = {"sampler": options.sampler, "callback": options.callback}
+        return {**asked, "image_share": made_for.image_share, "keep": made_for.keep_known}
+
+    def _fused_window(self) -> Stage | None:
+        """The program of a window; None where parameters come and go, since it needs all of them at once."""
+        models = {name: getattr(self.components, name) for name in ("transformer", "vae", "image_encoder")}
+        models = {name: model for name, model in models.items() if model is not None}
+        params = {name: model.params for name, model in models.items()}
+        if any(map(callable, params.values())):
+            return None
+        function = functools.partial(_window, {name: model.network for name, model in models.items()})
+        return Stage(function, params, self.seconds, mesh=self.components.mesh, donate=[0], wait=False)
 
     def _stage(self, function: Callable[..., Any], model: Model) -> Stage:
         return Stage(functools.partial(function, model.network), model.params, self.seconds, mesh=self.components.mesh)
@@ -290,3 +358,25 @@ def _prepend_image_tokens(
     network: Network, params: Params, images: Images, text: Tokens, mask: TokenMask
 ) -> tuple[Tokens, TokenMask]:
     return conditioning.with_image_tokens(text, mask, network(params, images))
+
+
+def _window(
+    networks: Mapping[str, Network],
+    params: Mapping[str, Params],
+    state: window.State,
+    prompts: Prompts,
+    *,
+    plan: window.Plan,
+    total: int,
+    **static: Any,
+) -> tuple[Frames, window.State]:
+    def bound(function: Callable[..., Any], name: str, **static: Any) -> Callable[..., Any]:
+        return functools.partial(function, networks.get(name), params.get(name), **static)
+
+    stages = window.Stages(
+        denoise=bound(_denoise, "transformer", **static),
+        decode=bound(_decode, "vae"),
+        encode=bound(_encode_known, "vae", total=total),
+        look=bound(_prepend_image_tokens, "image_encoder"),
+    )
+    return window.step(stages, state, *prompts, plan=plan)

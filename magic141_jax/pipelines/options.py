@@ -43,6 +43,10 @@ class SamplingOptions:
       overlap_latents: long video: how many latent frames are known to the next window.
       history_noise: long video: noise level of those frames, 0 to 1.
       match_colors: long video: how strongly (0 to 1) a window's border colours are moved toward the first window's.
+      carry: long video: "pixels" encodes all frames that the next window knows anew; "latents" only the first, and
+        carries the window's own latents over for the others.
+      blend: long video: whether the frames that two windows share fade from one to the other.
+      anchor: long video: whether the first image's tokens stay; else each window has those of its own first frame.
     """
 
     negative_prompt: str | tuple[str, ...] | None = None
@@ -60,6 +64,9 @@ class SamplingOptions:
     overlap_latents: int | None = None
     history_noise: float | None = None
     match_colors: float = 0.0
+    carry: Literal["pixels", "latents"] = "pixels"
+    blend: bool = False
+    anchor: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +109,8 @@ def resolve(options: Mapping[str, Any], components: Components, *, frames: int |
     _check_ranges(made)
     check_size(made.height, made.width, cell=size_cell(components))
     window = latent_frames(made.num_frames, components.vae.network.config.temporal_factor)
-    if frames is None and not 1 <= made.overlap_latents < max(window, 2):
-        raise UserError(f"overlap_latents is {made.overlap_latents}; a window has {window} latent frames")
+    if frames is None:
+        _check_windows(made, window, components)
     return made
 
 
@@ -173,3 +180,16 @@ def _check_ranges(options: SamplingOptions) -> None:
     for name, (value, low, high) in limits.items():
         if not low <= value <= high:
             raise UserError(f"{name} is {value}; it must be from {low} to {high}")
+
+
+def _check_windows(options: SamplingOptions, window: int, components: Components) -> None:
+    """What can't be done with a long video's windows of so many latent frames."""
+    overlap, dropped = options.overlap_latents, components.sampling.dropped_frames
+    if not 1 <= overlap < max(window, 2):
+        raise UserError(f"overlap_latents is {overlap}; a window has {window} latent frames")
+    if options.carry == "latents" and overlap == 1:
+        raise UserError("carry is 'latents', but a single known latent is always encoded anew; raise overlap_latents")
+    if options.blend and overlap == 1 and dropped:
+        raise UserError("blend has nothing to fade: these weights drop the frame that is shared; raise overlap_latents")
+    if not options.anchor and components.text_encoder.image_tokens:
+        raise UserError("anchor can't be off: these weights read the first image together with the prompt")

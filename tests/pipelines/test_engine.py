@@ -33,6 +33,15 @@ def test_a_stage_compiles_once_per_shape_and_static_value():
     assert set(seconds) == {"compile", "work"}
 
 
+def test_a_stage_that_is_not_waited_for_takes_the_memory_of_what_it_is_given(monkeypatch):
+    stage = Stage(lambda params, x, y: (x + y, y), {}, collections.Counter(), donate=[0], wait=False)
+    monkeypatch.setattr(jax, "block_until_ready", lambda made: pytest.fail("waited"))
+    x, y = jnp.ones((64, 64)), jnp.ones((64, 64))
+    made, _ = stage("work", x, y)
+    np.testing.assert_array_equal(made, 2)
+    assert x.is_deleted() and not y.is_deleted()
+
+
 def test_parameters_that_come_and_go_are_fetched_for_each_call():
     fetched, seconds = [], collections.Counter()
 

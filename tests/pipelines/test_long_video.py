@@ -1,13 +1,16 @@
-"""The sliding window: lengths, seams, streaming, the anchor, one compilation."""
+"""The sliding window: lengths, seams, streaming, one program for all windows, prompts by time, remedies."""
 
-import jax.numpy as jnp
+import dataclasses
+import gc
+
+import jax
 import numpy as np
 import pytest
 
 from magic141_jax.errors import UserError
-from magic141_jax.pipelines import long_video
-from magic141_jax.pipelines.long_video import count_windows, match_colors, overlap_frames, stream_video
+from magic141_jax.pipelines.long_video import VideoStream, count_windows, make_plan, overlap_frames, stream_video
 from magic141_jax.pipelines.options import resolve
+from magic141_jax.pipelines.window import Plan
 
 PROMPT = "a red shark moves left"
 
@@ -25,7 +28,7 @@ def test_one_window_is_the_short_video(pipeline):
     short = pipeline(PROMPT, seed=7)
     stream = stream_video(pipeline, PROMPT, total_frames=25, seed=7)
     np.testing.assert_array_equal(stream.image, short.images[0])
-    np.testing.assert_array_equal(next(stream.frames), short.frames[0])
+    np.testing.assert_allclose(next(stream.frames), short.frames[0], atol=1e-5)
 
 
 def test_a_longer_video_begins_like_a_shorter_one(pipeline):
@@ -43,50 +46,128 @@ def test_windows_have_their_own_noise_and_share_programs(pipeline):
     assert all(np.abs(windows[i] - windows[i + 1]).max() > 1e-3 for i in range(4))
 
 
+def stages(pipeline, monkeypatch):
+    """Makes every window by the engine's stages, as where parameters come and go; returns the walks denoised."""
+    engine, walks = pipeline.engine, []
+    denoise = engine._denoise
+
+    def spy(label, walk, **static):
+        walks.append(walk)
+        return denoise(label, walk, **static)
+
+    monkeypatch.setattr(engine, "_window", None)
+    monkeypatch.setattr(engine, "_denoise", spy)
+    return walks
+
+
+def whole(pipeline, total_frames, **options):
+    return np.concatenate(list(stream_video(pipeline, PROMPT, total_frames=total_frames, **options)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"overlap_latents": 2, "history_noise": 0.3, "match_colors": 0.5, "blend": True},
+        {"overlap_latents": 2, "carry": "latents", "anchor": False, "guidance_scale": 2.0},
+    ],
+    ids=str,
+)
+def test_one_program_makes_what_the_stages_make(pipeline, monkeypatch, options, quick_compilation):
+    fused = whole(pipeline, 18, **options)
+    walks = stages(pipeline, monkeypatch)
+    np.testing.assert_allclose(fused, whole(pipeline, 18, **options), atol=5e-4)
+    assert len(walks) == 1 + count_windows(18, 9, 5)
+
+
 def test_the_known_frames_of_a_window_are_the_last_ones_encoded_anew(pipeline, monkeypatch):
-    engine, given = pipeline.engine, []
-    denoise = engine.denoise
-
-    def spy(cond, *args, **kwargs):
-        given.append((cond, kwargs))
-        return denoise(cond, *args, **kwargs)
-
-    monkeypatch.setattr(engine, "denoise", spy)
-    frames = np.concatenate(list(stream_video(pipeline, PROMPT, total_frames=13, overlap_latents=2, history_noise=0.3)))
-    (_, _), (first, first_kwargs), (second, second_kwargs) = given
+    walks = stages(pipeline, monkeypatch)
+    frames = whole(pipeline, 13, overlap_latents=2, history_noise=0.3)
+    _, first, second = walks
     options = resolve({"overlap_latents": 2}, pipeline.components)
     assert overlap_frames(options, 4) == 5
-    known, mask = engine.encode_known(frames[None, 4:9], options, label="video")
-    np.testing.assert_allclose(second.known, known, atol=1e-5)
-    np.testing.assert_array_equal(second.mask, mask)
-    assert np.asarray(first.mask)[0, :, 0, 0, 0].tolist() == [1, 0, 0]
-    assert np.asarray(second.mask)[0, :, 0, 0, 0].tolist() == [1, 1, 0]
-    np.testing.assert_array_equal(first.text, second.text)
-    assert (first_kwargs["history_noise"], second_kwargs["history_noise"]) == (0.0, 0.3)
+    known, mask = pipeline.engine.encode_known(frames[None, 4:9], options, label="video")
+    np.testing.assert_allclose(second.cond.known, known, atol=1e-5)
+    np.testing.assert_array_equal(second.cond.mask, mask)
+    assert np.asarray(first.cond.mask)[0, :, 0, 0, 0].tolist() == [1, 0, 0]
+    assert np.asarray(second.cond.mask)[0, :, 0, 0, 0].tolist() == [1, 1, 0]
+    np.testing.assert_array_equal(first.cond.text, second.cond.text)
+    assert (float(first.history_noise), float(second.history_noise)) == (0.0, np.float32(0.3))
 
 
-def test_match_colors():
-    generator = np.random.default_rng(0)
-    reference = generator.uniform(0.3, 0.6, (1, 2, 16, 16, 3)).astype(np.float32)
-    drifted = 0.9 * reference + 0.05
-    np.testing.assert_allclose(match_colors(drifted, reference, 1.0), reference, atol=0.03)
-    np.testing.assert_array_equal(match_colors(drifted, reference, 0.0), drifted)
+def test_the_next_window_is_started_before_frames_are_fetched(pipeline, monkeypatch):
+    engine, seen = pipeline.engine, []
+
+    def watched(name):
+        act = getattr(engine, name)
+        monkeypatch.setattr(engine, name, lambda *args, **kwargs: seen.append(name) or act(*args, **kwargs))
+
+    watched("next_window")
+    watched("fetch")
+    start, fetch = "next_window", "fetch"
+    stream = stream_video(pipeline, PROMPT, total_frames=25)
+    assert seen == []
+    next(stream.frames)
+    assert seen == [start, start, fetch]
+    list(stream)
+    assert seen == [start, start, fetch, start, fetch, fetch]
+    seen.clear()
+    monkeypatch.setattr(engine, "_window", None)
+    list(stream_video(pipeline, PROMPT, total_frames=25))
+    assert seen == [start, fetch] * 3, "where parameters come and go, nothing runs ahead"
 
 
-def test_every_window_is_matched_to_the_first(pipeline, monkeypatch):
-    references = []
+def test_all_windows_share_a_program_and_memory_does_not_grow(pipeline, recwarn):
+    engine = pipeline.engine
+    list(stream_video(pipeline, PROMPT, total_frames=9))
+    programs, held = len(engine._window._compiled), []
+    for _ in stream_video(pipeline, PROMPT, total_frames=9 + 8 * 6, history_noise=0.7):
+        gc.collect()
+        held.append(sum(x.nbytes for x in jax.live_arrays()))
+    assert len(engine._window._compiled) == programs
+    assert len(set(held[:-1])) == 1 and held[-1] < held[0]
+    assert not [w for w in recwarn if "donated" in str(w.message)]
 
-    def blacken(frames, reference, strength):
-        references.append((np.asarray(reference), strength))
-        return frames if len(references) == 1 else jnp.zeros_like(frames)
 
-    monkeypatch.setattr(long_video, "match_colors", blacken)
-    frames = np.concatenate(list(stream_video(pipeline, PROMPT, total_frames=25, match_colors=0.5)))
-    assert len(references) == 3
-    for reference, strength in references:
-        np.testing.assert_array_equal(reference[0], frames[:9])
-        assert strength == 0.5
-    assert not frames[9:].any()
+def test_a_schedule_changes_the_prompt_of_later_windows(pipeline):
+    plain = whole(pipeline, 25)
+    story = whole(pipeline, 25, schedule=[(9 / 8, "a blue cat")])
+    np.testing.assert_array_equal(story[:9], plain[:9])
+    assert np.abs(story[9:17] - plain[9:17]).max() > 1e-3
+    alone = stream_video(pipeline, total_frames=25, schedule=[(0, PROMPT), (9 / 8, "a blue cat")])
+    np.testing.assert_array_equal(np.concatenate(list(alone)), story)
+
+
+def test_what_is_said_holds_from_the_next_window_that_is_not_started(pipeline, monkeypatch):
+    plain, asked = whole(pipeline, 33), []
+    encode = pipeline.engine.encode_text
+
+    def spy(prompts, *args, **kwargs):
+        asked.extend(prompts)
+        return encode(prompts, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline.engine, "encode_text", spy)
+    stream = stream_video(pipeline, PROMPT, total_frames=33)
+    parts = [next(stream.frames)]
+    assert stream.say("a blue cat") == 17 / 8, "window 1 is under way"
+    parts.append(next(stream.frames))
+    assert stream.say(PROMPT) == 25 / 8
+    parts += [*stream.frames]
+    assert stream.say("a cat") is None
+    assert asked == [PROMPT, "a blue cat"], "each prompt is encoded once"
+    said = np.concatenate(parts)
+    np.testing.assert_array_equal(said[:17], plain[:17])
+    assert np.abs(said[17:] - plain[17:]).max() > 1e-3
+    assert VideoStream(plain[0], iter([])).say(PROMPT) is None
+
+
+def test_options_become_a_plan(pipeline):
+    def plan(**options):
+        return make_plan(resolve({"overlap_latents": 2, **options}, pipeline.components), pipeline.components)
+
+    plain = Plan(length=9, overlap=5)
+    assert plan() == plain
+    asked = {"blend": True, "anchor": False, "match_colors": 0.5}
+    assert plan(carry="latents", **asked) == dataclasses.replace(plain, carried=1, **asked)
 
 
 def test_bad_calls(pipeline):
@@ -97,5 +178,9 @@ def test_bad_calls(pipeline):
     ):
         with pytest.raises(UserError, match=message):
             stream_video(pipeline, PROMPT, **kwargs)
+    with pytest.raises(UserError, match="go on"):
+        stream_video(pipeline, PROMPT, total_frames=2, num_frames=1)
+    with pytest.warns(UserWarning, match="line 1 .* ends at 1 s"):
+        stream_video(pipeline, PROMPT, total_frames=8, schedule=[(5, "a cat")])
     with pytest.raises(UserError, match="prompt"):
         stream_video(pipeline, [PROMPT, PROMPT], total_frames=9)

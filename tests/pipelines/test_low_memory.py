@@ -62,6 +62,7 @@ def test_one_component_is_on_the_devices_at_a_time(weights_folder, monkeypatch, 
     images = {"image_weights": weights_folder}  # by networks of their own
     plain = TextToVideoPipeline.from_pretrained(weights_folder, **images)
     held = sizes([plain.components, plain.text_to_image.components])
+    plain.engine._window = None  # by the same programs, one for each network
     want, before = watched(monkeypatch, plain)
     saving = TextToVideoPipeline.from_pretrained(weights_folder, offload=True, **images)
     have, after = watched(monkeypatch, saving)

@@ -45,6 +45,10 @@ def test_sizes(pipeline):
         ({"output_type": "pill"}, "'pil'"),
         ({"sampler": "eular"}, "'euler'"),
         ({"overlap_latents": 3}, "3 latent frames"),
+        ({"carry": "latent"}, "'latents'"),
+        ({"carry": "latents"}, "raise overlap_latents"),
+        ({"blend": 1}, "blend must be bool"),
+        ({"anchor": "no"}, "anchor must be bool"),
         ({"latents": np.zeros((1, 2, 4, 4, 4))}, r"\(1, 3, 4, 4, 4\)"),
     ],
 )
