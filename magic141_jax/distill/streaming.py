@@ -45,6 +45,8 @@ class StreamingConfig(TrajectoryConfig):
       windows: N, of the data's chains (`python -m magic141_jax.data prepare --windows`).
       overlap: how many latent frames the next window knows.
       resume: s; 0 walks from pure noise, and things may come to stand where the data's next window has them not.
+      restart: how often a window is walked from the data's own first latents: errors of one window are learned to be
+        mended before those of several, and more often.
     """
 
     guidance: float = 1.0
@@ -52,6 +54,7 @@ class StreamingConfig(TrajectoryConfig):
     windows: int = 4
     overlap: int = 1
     resume: int = 1
+    restart: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,6 +62,8 @@ class StreamingConfig(TrajectoryConfig):
             raise ValueError(f"a chain has 2 windows or more that share a latent, got {self.windows}, {self.overlap}")
         if not 0 <= self.resume < self.walk.steps:
             raise ValueError(f"resume is one of the {self.walk.steps} steps of the walk, from 0; got {self.resume}")
+        if not 0 <= self.restart <= 1:
+            raise ValueError(f"restart is a probability, got {self.restart}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,8 +125,9 @@ class Streaming(Trajectory):
 
         def window(history: Latents, inputs: tuple[Latents, jax.Array]) -> tuple[Latents, Latents]:
             data, key = inputs
-            start_key, known_key = jax.random.split(key)
-            known = _with_known(cond, history)
+            start_key, known_key, restart_key = jax.random.split(key, 3)
+            anew = jax.random.bernoulli(restart_key, config.restart, (len(data), 1, 1, 1, 1))
+            known = _with_known(cond, jnp.where(anew, data[:, : config.overlap], history))
             seen = self.backbone.conditioner.noise_history(known, known_key)
             x = flow.interpolate(data, flow.draw_noise(start_key, data.shape), times[0])
             made = samplers.sample(lambda x, t, _: student(x, t, seen), known, x, times)

@@ -17,7 +17,7 @@ WALK = WalkConfig(steps=2, shift=3.0, sampler="euler")
 
 
 def config(**changes):
-    quiet = {"history_noise_probability": 0.0, "known_frames": (0.0, 1.0), "caption_dropout": 0.0}
+    quiet = {"history_noise_probability": 0.0, "known_frames": (0.0, 1.0), "caption_dropout": 0.0, "restart": 0.0}
     return StreamingConfig(**{"walk": WALK, "windows": WINDOWS, **quiet, **changes})
 
 
@@ -72,6 +72,17 @@ def test_histories_are_the_last_frames_of_the_window_before(toys, resume, overla
         # what is known is put back as it is, so the last frame holds its first known one, moved by all three
         want = made[:, w - 1, :1] + 0.5 + 0.25 + 0.125
         np.testing.assert_allclose(made[:, w, -1:], want, atol=1e-4)
+
+
+def test_a_walk_that_starts_anew_has_the_errors_of_one_window(toys):
+    """Round trips add .1: every history is off by it once, where no window is told what the one before made."""
+    record, windows = chain(toys)
+    windows = jnp.broadcast_to(windows[:, :1, :1], windows.shape)  # nothing moves
+    for restart, want in ((1.0, (0.1, 0.1)), (0.0, (0.1, 0.2))):
+        method = method_of(toys, follow_known, lambda p: follow_known(None), LossyVAE(0.1), resume=0, restart=restart)
+        cond = method.backbone.conditioning({}, "video", record | {"latents": windows[:, 0]}, jax.random.key(0))
+        made = method.histories(params_of(0.0), windows, cond, jax.random.key(1)) - windows[:, :, :1]
+        np.testing.assert_allclose(made[:, 1:].mean((0, 2, 3, 4, 5)), want, atol=1e-4)
 
 
 def test_a_window_from_pure_noise_knows_nothing_of_the_data(toys):
@@ -149,7 +160,7 @@ def test_samples_are_of_one_window(toys):
         assert sample(params, record, jax.random.key(0), known=1).shape == (4, FRAMES, 2, 2, 4)
 
 
-@pytest.mark.parametrize("values", [{"windows": 1}, {"overlap": 0}, {"resume": 2}, {"resume": -1}])
+@pytest.mark.parametrize("values", [{"windows": 1}, {"overlap": 0}, {"resume": 2}, {"resume": -1}, {"restart": 2}])
 def test_what_makes_no_chain_is_refused(values):
-    with pytest.raises(ValueError, match=r"chain|resume"):
+    with pytest.raises(ValueError, match=r"chain|resume|restart"):
         config(**values)
