@@ -8,6 +8,7 @@ changing order, so that all sides meet the same machine.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import statistics
 import time
@@ -18,8 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-MATMUL_SIDE = {"cpu": 2048}  # of the matrices that a ceiling is measured on; LARGE elsewhere
-LARGE = 8192
+MATMUL_SIDE = {"cpu": 2048}  # of the matrices that a ceiling is measured on; LARGE_SIDE elsewhere
+LARGE_SIDE = 8192
+SHORTEST = 0.1  # seconds of a lap
+MAX_CALLS = 100
 
 
 class Lap(NamedTuple):
@@ -57,28 +60,33 @@ def timing(laps: list[Lap]) -> Timing:
     )
 
 
-def lap(function: Callable[[], Any]) -> Lap:
-    """Calls once; waits for what JAX has still to compute of the result."""
+def lap(function: Callable[[], Any], calls: int = 1) -> Lap:
+    """Seconds of a call, as the mean of `calls`; waits for what JAX has still to compute of the results."""
     busy, cpu, wall = busy_seconds(), time.process_time(), time.perf_counter()
-    jax.block_until_ready(function())
+    for _ in range(calls):
+        jax.block_until_ready(function())
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    others = None if busy is None else max(0.0, busy_seconds() - busy - cpu)
-    return Lap(wall, cpu, others)
+    others = None if busy is None else max(0.0, busy_seconds() - busy - cpu) / calls
+    return Lap(wall / calls, cpu / calls, others)
 
 
-def in_turns(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timing]:
+def in_turns(sides: Mapping[str, Callable[[], Any]], repeats: int, *, shortest: float = SHORTEST) -> dict[str, Timing]:
     """Times functions one after another, `repeats` times over, every other time in reverse; first calls are not timed.
 
     Args:
       sides: by name; each returns arrays, or what blocks by itself.
       repeats: at least 1.
+      shortest: seconds that a lap takes at least, by as many calls as that needs: systems count the time of cores in
+        steps of some milliseconds.
     """
     laps: dict[str, list[Lap]] = {name: [] for name in sides}
-    for function in sides.values():
-        jax.block_until_ready(function())
+    calls = {}
+    for name, function in sides.items():
+        lap(function)  # compiles
+        calls[name] = 1 if shortest == 0 else math.ceil(shortest / max(lap(function).wall, shortest / MAX_CALLS))
     for turn in range(repeats):
         for name in list(sides)[:: -1 if turn % 2 else 1]:
-            laps[name].append(lap(sides[name]))
+            laps[name].append(lap(sides[name], calls[name]))
     return {name: timing(each) for name, each in laps.items()}
 
 
@@ -97,7 +105,7 @@ def matmul(dtype: Any, repeats: int = 5, *, side: int | None = None) -> tuple[Ti
     The ceiling that a network's rate is held against is what the same library does best in the same run, not what
     the maker of the chip promises.
     """
-    side = side or MATMUL_SIDE.get(jax.default_backend(), LARGE)
+    side = side or MATMUL_SIDE.get(jax.default_backend(), LARGE_SIDE)
     x = jnp.ones((side, side), dtype)
     product = jax.jit(jnp.dot)
     return in_turns({"matmul": lambda: product(x, x)}, repeats)["matmul"], 2.0 * side**3
