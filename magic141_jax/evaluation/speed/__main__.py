@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import magic141_jax
+from magic141_jax import __version__
 from magic141_jax.errors import OneLineParser, UserError, run_entry_point
 from magic141_jax.evaluation import report
 from magic141_jax.evaluation.speed import clock, stages, table
@@ -104,7 +104,7 @@ def measure(pipeline: TextToVideoPipeline, args: argparse.Namespace, given: Mapp
         ]
         rows += table.start_rows(runs, resolved.num_frames, settings)
     return {
-        "version": magic141_jax.__version__,
+        "version": __version__,
         "settings": settings,
         "matmul": dataclasses.asdict(ceiling[0]) | {"operations": ceiling[1]},
         "rows": rows,

@@ -72,7 +72,7 @@ def pieces(pipeline: TextToVideoPipeline, prompt: str, given: Mapping[str, Any])
     if components.image_encoder is not None:
         found["image tokens"] = Piece(_alone(pipeline, _tokens, components.image_encoder, picture), 1)
     if not components.text_encoder.image_tokens:
-        still = resolve(given, components, frames=1)
+        still = resolve(still_options(given), components, frames=1)
         alone, _ = engine.condition(engine.encode_text([prompt], still), still)
         found["evaluation, picture"] = _evaluation(pipeline, alone, still)
         found["picture"] = Piece(lambda: pipeline.text_to_image(prompt, **still_options(given)), 1, _steps(still))
