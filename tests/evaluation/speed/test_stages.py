@@ -28,7 +28,7 @@ def test_shapes(pieces):
     assert pieces["decode"].run().shape == (1, 5, 32, 32, 3)
     assert pieces["evaluation, clip"].run().shape == pieces["denoise"].run().shape == (1, 2, 4, 4, 4)
     assert pieces["evaluation, picture"].run().shape == (1, 1, 4, 4, 4)
-    assert pieces["image tokens"].run()[0].shape == (1, 4, 12)
+    assert pieces["image tokens"].run().shape == (1, 4, 12)
 
 
 def test_operations_are_those_of_the_transformer(pieces, pipeline):
