@@ -82,8 +82,8 @@ class Race(NamedTuple):
 
 
 def default_transformer() -> MMDiTConfig:
-    """The embedded default's, but for what diffusers' layout can't tell: positions added once, and held frames."""
-    return dataclasses.replace(emoji(), absolute_positions=False, hold_known=False)
+    """The embedded default's, but for what diffusers has not: positions added once, held frames, samples predicted."""
+    return dataclasses.replace(emoji(), absolute_positions=False, hold_known=False, prediction="velocity")
 
 
 def wide_transformer() -> MMDiTConfig:
