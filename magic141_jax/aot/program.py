@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
-from magic141_jax import sharding
-from magic141_jax.aot import flops, hlo, roofline, topology, verdict
+from magic141_jax import flops, sharding
+from magic141_jax.aot import hlo, roofline, topology, verdict
 from magic141_jax.aot.topology import Topology
 
 Results = dict[str, Any]

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from magic141_jax import settings
-from magic141_jax.aot import flops, program, stages, topology
+from magic141_jax import flops, settings
+from magic141_jax.aot import program, stages, topology
 from magic141_jax.errors import UserError
 from magic141_jax.experiment import make_config
 from magic141_jax.models import HunyuanVAEConfig, clip, hunyuan_text, llama, mmdit

@@ -7,8 +7,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec as P
 
-from magic141_jax import sharding
-from magic141_jax.aot import flops, topology
+from magic141_jax import flops, sharding
+from magic141_jax.aot import topology
 
 LAYER = 2 * 4 * 8 * 8  # 4 rows through a kernel of 8 x 8
 
