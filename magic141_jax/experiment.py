@@ -28,6 +28,7 @@ from magic141_jax.data import __main__ as data_cli
 from magic141_jax.distill.consistency import Consistency
 from magic141_jax.distill.dmd import DMD
 from magic141_jax.distill.guidance import GuidanceDistillation
+from magic141_jax.distill.refinement import Refinement
 from magic141_jax.distill.regression import Regression
 from magic141_jax.distill.streaming import Streaming
 from magic141_jax.distill.trajectory import Trajectory
@@ -151,6 +152,7 @@ METHODS = {
     "regression": Regression,
     "trajectory": Trajectory,
     "streaming": Streaming,
+    "refinement": Refinement,
 }
 
 

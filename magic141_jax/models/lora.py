@@ -9,6 +9,7 @@ are A and B, and a scan hands them out with W: W itself is never copied, and one
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import jax
@@ -25,6 +26,23 @@ SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"\.a$", ("fsdp", None)),
     (r"\.b$", (None, "fsdp")),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class RefinerConfig:
+    """An adapter of a transformer that draws the known frames of a window anew (`distill.refinement`).
+
+    Attributes:
+      rank, paths: of the adapter, see `adapted`.
+      steps, shift: of the grid of times that it walks.
+      start: the step of that grid from which it walks.
+    """
+
+    rank: int
+    paths: str = ""
+    steps: int = 4
+    shift: float = 5.0
+    start: int = 2
 
 
 def adapted(network: Network, rank: int, *, paths: str = "") -> Network:

@@ -3,6 +3,7 @@
     DIR/model_index.json                                 {"format": 1, "sampling": {...}}, see `SamplingSettings`;
                                                          with "base": "NAME" the rest is in the folder NAME beside DIR
     DIR/{transformer,vae,text_encoder,image_encoder}/    config.json + safetensors, see `magic141_jax.weights`
+    DIR/refiner/                                         likewise, if there is one: an adapter of the transformer
 
 or a published pipeline folder in diffusers' layout, see `magic141_jax.pipelines.published`.
 
@@ -33,13 +34,14 @@ from magic141_jax.convert.memory import require_memory
 from magic141_jax.diffusion.samplers import Sampler
 from magic141_jax.errors import UserError, nearest
 from magic141_jax.models import MODELS, SHARDING_RULES, kind_of, stored
+from magic141_jax.models import lora as adapters
 from magic141_jax.models.network import Network
 from magic141_jax.models.resident import Held, Lend, Source, at_once
 from magic141_jax.models.text import MiniLMTextEncoder, TextEncoder
 from magic141_jax.pipelines import published
 from magic141_jax.pipelines.low_memory import LowMemory
 from magic141_jax.pipelines.media import Fit
-from magic141_jax.pytree import Params, flatten, require_match
+from magic141_jax.pytree import Params, cast, flatten, require_match, unflatten
 
 DEFAULT = "default"
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "weights" / "emoji64_4step"
@@ -92,6 +94,14 @@ class Model(NamedTuple):
     params: Held
 
 
+class Refiner(NamedTuple):
+    """What draws known frames anew: the transformer with an adapter, whose parameters stand beside the shared ones."""
+
+    network: Network
+    params: Held
+    config: adapters.RefinerConfig
+
+
 @dataclasses.dataclass(frozen=True)
 class Components:
     """Everything that the pipelines need, read from `folder`."""
@@ -103,6 +113,7 @@ class Components:
     image_encoder: Model | None
     sampling: SamplingSettings
     mesh: jax.sharding.Mesh | None = None
+    refiner: Refiner | None = None
 
     @functools.cached_property
     def digest(self) -> str:
@@ -159,12 +170,35 @@ def load_components(
         lend["transformer"] = functools.partial(_with_lora, lend["transformer"], file=Path(lora), scale=lora_scale)
     read = _published_components if published.is_published(index) else _own_components
     made = read(folder, index, own, dtype=dtype, mesh=mesh, lend=lend)
+    refiner = weights.part(folder, "refiner")
+    # made for the folder's own transformer, and for no other
+    fits = refiner.is_dir() and transformer is None
     text_parts = [path for path in (weights.part(folder, name) for name in TEXT_PARTS) if path.is_dir()]
     return dataclasses.replace(
         made,
         vae=made.vae._replace(network=low.in_tiles(made.vae.network)),
         text_encoder=low.remembering(made.text_encoder, text_parts, dtype),
+        refiner=_refiner(refiner, made.transformer, dtype=dtype, mesh=mesh) if fits else None,
     )
+
+
+def _refiner(folder: Path, transformer: Model, *, dtype: Dtype, mesh: jax.sharding.Mesh | None) -> Refiner:
+    """An adapter that shares the transformer's parameters.
+
+    Raises:
+      UserError: it is for a transformer of other sizes.
+    """
+    mapping = weights.read_json(folder / "config.json")
+    mapping.pop("model", None)
+    config = settings.build(adapters.RefinerConfig, mapping, where=f"{folder.name}/config.json")
+    network = adapters.adapted(transformer.network, config.rank, paths=config.paths)
+    _, adapter = weights.load(folder)
+    own = unflatten({k: v for k, v in flatten(network.abstract_params).items() if adapters.is_adapter(k)})
+    require_match(adapter, own, what=f"{folder} (for another transformer? without it known frames stay as they are)")
+    adapter = sharding.lay(cast(adapter, jnp.dtype(dtype)), mesh, adapters.SHARDING_RULES)
+    held = transformer.params
+    params = adapters.join(held, adapter) if not callable(held) else lambda: adapters.join(held(), adapter)
+    return Refiner(network, params, config)
 
 
 def default_dtype() -> Dtype:

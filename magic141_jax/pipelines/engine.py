@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from magic141_jax import sharding
 from magic141_jax.diffusion import conditioning, flow, guidance, samplers, timesteps
 from magic141_jax.diffusion.conditioning import Conditioning, LatentMask
 from magic141_jax.errors import UserError
+from magic141_jax.models.lora import RefinerConfig
 from magic141_jax.models.mmdit import velocity_fn
 from magic141_jax.models.network import Network
 from magic141_jax.models.resident import Held, taken
@@ -115,6 +117,8 @@ class Engine:
         self._decode = self._stage(_decode, components.vae)
         seeing = components.image_encoder
         self._image_tokens = None if seeing is None else self._stage(_prepend_image_tokens, seeing)
+        refiner = components.refiner
+        self._redraw = None if refiner is None else self._stage(functools.partial(_redraw, refiner.config), refiner)
         self._window = self._fused_window()
         self._text_sizes: set[int] = set()
 
@@ -222,6 +226,7 @@ class Engine:
             decode=from_host(self._decode, "decode"),
             encode=from_host(self._encode_known, "video", total=total),
             look=from_host(self._image_tokens, "image"),
+            redraw=from_host(self._redraw, "video", count=plan.redrawn),
         )
         return window.step(stages, state, *prompts, plan=plan)
 
@@ -274,12 +279,15 @@ class Engine:
 
     def _fused_window(self) -> Stage | None:
         """The program of a window; None where parameters come and go, since it needs all of them at once."""
-        models = {name: getattr(self.components, name) for name in ("transformer", "vae", "image_encoder")}
+        names = ("transformer", "vae", "image_encoder", "refiner")
+        models = {name: getattr(self.components, name) for name in names}
         models = {name: model for name, model in models.items() if model is not None}
         params = {name: model.params for name, model in models.items()}
         if any(map(callable, params.values())):
             return None
-        function = functools.partial(_window, {name: model.network for name, model in models.items()})
+        refiner = self.components.refiner
+        networks = {name: model.network for name, model in models.items()}
+        function = functools.partial(_window, networks, None if refiner is None else refiner.config)
         return Stage(function, params, self.seconds, mesh=self.components.mesh, donate=[0], wait=False)
 
     def _stage(self, function: Callable[..., Any], model: Model) -> Stage:
@@ -360,8 +368,22 @@ def _prepend_image_tokens(
     return conditioning.with_image_tokens(text, mask, network(params, images))
 
 
+def _redraw(
+    config: RefinerConfig, network: Network, params: Params, cond: Conditioning, draws: jax.Array, *, count: int
+) -> Latents:
+    """The first `count` known latents, noised to a time of the refiner's walk and denoised from there."""
+    keys = jax.vmap(lambda draw: jax.random.fold_in(_keys(draw)[1], 1))(draws)  # beside the history noise's
+    times = timesteps.grid(config.steps, config.shift)[config.start :]
+    held = cond.known[:, :count]
+    x = flow.interpolate(held, flow.draw_noise(keys, held.shape), times[0])
+    nothing = dataclasses.replace(cond, known=jnp.zeros_like(held), mask=jnp.zeros_like(cond.mask[:, :count]))
+    velocity = velocity_fn(network, params, guidance=1.0 if network.config.guidance_embedding else None)
+    return samplers.sample(lambda x, t, _: velocity(x, t, nothing), nothing, x, times)
+
+
 def _window(
     networks: Mapping[str, Network],
+    refining: RefinerConfig | None,
     params: Mapping[str, Params],
     state: window.State,
     prompts: Prompts,
@@ -378,5 +400,6 @@ def _window(
         decode=bound(_decode, "vae"),
         encode=bound(_encode_known, "vae", total=total),
         look=bound(_prepend_image_tokens, "image_encoder"),
+        redraw=bound(functools.partial(_redraw, refining), "refiner", count=plan.redrawn),
     )
     return window.step(stages, state, *prompts, plan=plan)

@@ -11,6 +11,7 @@ stands for one pixel frame and every other for four, so a latent from the middle
 The first image's tokens stay before the text of every window, as an anchor against drift; a little noise on what the
 network sees of the known latents (history noise) hides the model's own errors from it. `SamplingOptions` has others:
 
+    refine         the known frames are drawn anew by an adapter, from noise of a middle level (`distill.refinement`)
     match_colors   the colours of every window's border are moved toward those of the first window
     blend          the shared frames fade from window w - 1 to window w, which then emits them
     carry          "latents": only the first known latent is encoded anew, the other k - 1 are the window's own
@@ -170,6 +171,7 @@ def make_plan(options: SamplingOptions, components: Components) -> Plan:
         blend=options.blend,
         anchor=options.anchor,
         match_colors=options.match_colors,
+        redrawn=options.overlap_latents if options.refine else 0,
     )
 
 

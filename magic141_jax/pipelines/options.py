@@ -46,6 +46,8 @@ class SamplingOptions:
       carry: long video: "pixels" encodes all frames that the next window knows anew; "latents" only the first, and
         carries the window's own latents over for the others.
       blend: long video: whether the frames that two windows share fade from one to the other.
+      refine: long video: whether the frames that a window knows are drawn anew first; by default where the weights
+        have an adapter for it.
       anchor: long video: whether the first image's tokens stay; else each window has those of its own first frame.
     """
 
@@ -67,6 +69,7 @@ class SamplingOptions:
     carry: Literal["pixels", "latents"] = "pixels"
     blend: bool = False
     anchor: bool = True
+    refine: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +106,10 @@ def resolve(options: Mapping[str, Any], components: Components, *, frames: int |
     names = [f.name for f in dataclasses.fields(SamplingOptions)]
     unset = {k: defaults[k] for k in names if getattr(made, k) is None and k in defaults}
     made = dataclasses.replace(made, **unset)
+    if made.refine and components.refiner is None:
+        raise UserError("refine needs weights with a refiner (docs/long_video.md); leave it out")
+    if made.refine is None:
+        made = dataclasses.replace(made, refine=components.refiner is not None)
     dynamic = components.sampling.dynamic_shift
     if dynamic is not None and "shift" in unset:
         made = dataclasses.replace(made, shift=dynamic_shift(_image_tokens(made, components), **dynamic))

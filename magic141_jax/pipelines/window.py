@@ -1,6 +1,7 @@
 """One window of a long video, a pure function of its prompt and of what the window before left (arXiv 2502.07701).
 
-    conditioning   the prompt's text behind the image tokens; known latents, under history noise but in window 0
+    conditioning   the prompt's text behind the image tokens; known latents, under history noise but in window 0, and
+                   before that drawn anew
     latents        denoised
     frames         decoded; colours moved toward window 0's; what is shown cross-fades from the window before
     left           the last frames encoded anew, or the first of them, with the window's own latents behind it
@@ -41,6 +42,7 @@ class Plan:
       blend: whether the shared frames fade from the window before to this one.
       anchor: whether the first image's tokens stay; else they are of each window's own first frame.
       match_colors: see `match_colors`; 0 leaves it out.
+      redrawn: how many known latents are drawn anew (`Stages.redraw`) before a window other than the first.
     """
 
     length: int
@@ -50,6 +52,7 @@ class Plan:
     blend: bool = False
     anchor: bool = True
     match_colors: float = 0.0
+    redrawn: int = 0
 
     @property
     def shared(self) -> int:
@@ -105,12 +108,14 @@ class Stages(NamedTuple):
       decode: latents -> frames.
       encode: frames (b, 4(k-1)+1, y, x, 3) -> k known latents of a clip, and their mask.
       look: images, text, mask -> both with the images' tokens in front.
+      redraw: conditioning and draws -> its known latents without what has worn off; None where nothing does that.
     """
 
     denoise: Callable[[Any], Latents]
     decode: Callable[[Latents], Frames]
     encode: Callable[[Frames], tuple[Latents, LatentMask]]
     look: Callable[[Images, Tokens, TokenMask], tuple[Tokens, TokenMask]]
+    redraw: Callable[[Conditioning, Any], Latents] | None = None
 
 
 def begin(walk: Any, history_noise: float, *, plan: Plan, size: tuple[int, int]) -> State:
@@ -133,6 +138,10 @@ def step(
     """One window with the text of its prompt: its frames (b, `Plan.length`, y, x, 3), and the state for the next."""
     walk = state.walk
     cond = conditioning.replace_text(walk.cond, *positive)
+    if plan.redrawn:
+        known = stages.redraw(cond, walk.draws)
+        known = jnp.concatenate([known, cond.known[:, plan.redrawn :]], axis=1)
+        cond = dataclasses.replace(cond, known=jnp.where(state.first, cond.known, known))
     latents = stages.denoise(walk._replace(cond=cond, negative=negative))
     frames = stages.decode(latents)[:, plan.dropped :]
     colours = state.colours

@@ -2,15 +2,24 @@
 
 import dataclasses
 import gc
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from magic141_jax import weights
+from magic141_jax.diffusion import timesteps
+from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.errors import UserError
+from magic141_jax.models import lora
+from magic141_jax.pipelines import TextToVideoPipeline
+from magic141_jax.pipelines.components import load_model
+from magic141_jax.pipelines.engine import _redraw
 from magic141_jax.pipelines.long_video import VideoStream, count_windows, make_plan, overlap_frames, stream_video
 from magic141_jax.pipelines.options import resolve
 from magic141_jax.pipelines.window import Plan
+from magic141_jax.pytree import flatten, unflatten
 
 PROMPT = "a red shark moves left"
 
@@ -184,3 +193,67 @@ def test_bad_calls(pipeline):
         stream_video(pipeline, PROMPT, total_frames=8, schedule=[(5, "a cat")])
     with pytest.raises(UserError, match="prompt"):
         stream_video(pipeline, [PROMPT, PROMPT], total_frames=9)
+
+
+@pytest.fixture(scope="module")
+def refined_folder(weights_folder, tmp_path_factory):
+    """The tiny weights with a random refiner."""
+    made = tmp_path_factory.mktemp("refined") / "tiny"
+    shutil.copytree(weights_folder, made)
+    network = load_model(made / "transformer").network
+    adapter = flatten(lora.fresh(lora.adapted(network, 2, paths="qkv|mlp"), jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    random = {path: np.float32(rng.normal(0, 0.3, np.shape(leaf))) for path, leaf in adapter.items()}
+    fields = {"model": "refiner", "rank": 2, "paths": "qkv|mlp", "steps": 4, "shift": 3.0, "start": 2}
+    weights.save(made / "refiner", fields, unflatten(random), storage="int8")
+    return made
+
+
+def test_known_frames_are_drawn_anew_from_the_second_window_on(pipeline, refined_folder, monkeypatch):
+    refined = TextToVideoPipeline.from_pretrained(refined_folder)
+    plain, made, off = (
+        whole(p, 25, seed=3, **options) for p, options in ((pipeline, {}), (refined, {}), (refined, {"refine": False}))
+    )
+    np.testing.assert_allclose(off, plain, atol=1e-4)
+    np.testing.assert_allclose(made[:9], plain[:9], atol=1e-5, err_msg="window 0 is told the first image as it is")
+    assert np.abs(made[9:] - plain[9:]).max() > 1e-3
+    monkeypatch.setattr(refined.engine, "_window", None)
+    np.testing.assert_allclose(whole(refined, 25, seed=3), made, atol=5e-4, err_msg="stage by stage")
+
+
+def test_a_refiner_where_parameters_come_and_go(refined_folder, quick_compilation):
+    made = whole(TextToVideoPipeline.from_pretrained(refined_folder), 18, seed=3)
+    lent = TextToVideoPipeline.from_pretrained(refined_folder, offload=True)
+    np.testing.assert_allclose(whole(lent, 18, seed=3), made, atol=5e-4)
+
+
+def test_what_is_drawn_anew_starts_from_noise_of_the_refiners_level(refined_folder):
+    """With a velocity of zero what is left is (1 - t) known + t noise, of the known latents alone."""
+    refined = TextToVideoPipeline.from_pretrained(refined_folder)
+    zero = jax.tree.map(np.zeros_like, refined.components.refiner.params)
+    network, _, config = refined.components.refiner
+    shape = (2, 3, 4, 4, 4)
+    known = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    text = np.zeros((2, 5, network.config.text_width), np.float32)
+    pooled = np.zeros((2, network.config.pooled_width), np.float32)
+    cond = Conditioning(text, np.ones((2, 5), bool), pooled, known, np.ones((*shape[:-1], 1), np.float32))
+    draws = np.array([[1, 0, 2], [1, 1, 2]], np.uint32)
+    t = float(timesteps.grid(4, 3.0)[2])
+    made = np.asarray(_redraw(config, network, zero, cond, draws, count=1))
+    noise = (made - (1 - t) * known[:, :1]) / t
+    assert made.shape == (2, 1, 4, 4, 4) and 0.6 < noise.std() < 1.4 and abs(noise.mean()) < 0.5
+    assert np.abs(noise[0] - noise[1]).max() > 0.1, "each sample has its own noise"
+
+
+def test_weights_without_a_refiner_can_not_refine(pipeline):
+    with pytest.raises(UserError, match="refine needs weights with a refiner"):
+        stream_video(pipeline, PROMPT, total_frames=18, refine=True)
+
+
+def test_a_refiner_of_another_transformer_is_told(refined_folder, tmp_path):
+    shutil.copytree(refined_folder, tmp_path / "other")
+    config, adapter = weights.load(refined_folder / "refiner")
+    wrong = {path: np.asarray(leaf)[..., :-1, :] for path, leaf in flatten(adapter).items()}
+    weights.save(tmp_path / "other" / "refiner", config, unflatten(wrong))
+    with pytest.raises(UserError, match="for another transformer"):
+        TextToVideoPipeline.from_pretrained(tmp_path / "other")

@@ -1,0 +1,34 @@
+"""The embedded default's long videos: an adapter that draws the known frames of a window anew.
+
+Part: the test-time sliding window of the paper, and its drift: the frames that a window starts from are the student's
+own, and wear off. The adapter (rank 32) is used between windows only; pictures and clips stay as they are.
+Data: as for configs/emoji64.py.
+Command: python train.py --config=configs/emoji64_refiner.py --workdir=runs/refiner
+Hardware: two CPU cores, 1 s a step.
+Expected: docs/long_video.md.
+"""
+
+from configs.emoji64_distil import student
+
+
+def get_config():
+    """The config, every key of which can be overridden."""
+    config = student(
+        {"name": "refinement", "roles": {"student": "adapter", "rank": 32}},
+        image_batch=0,
+        video_batch=48,
+        optimizer={
+            "name": "muon",
+            "muon_learning_rate": 3e-3,
+            "learning_rate": 1.5e-3,
+            "warmup_steps": 10,
+            "weight_decay": 0.0,
+            "decay": "linear",
+            "decay_fraction": 0.8,
+            "b2": 0.98,
+            "ema_decay": 0.98,
+        },
+        train={"steps": 800, "log_every": 10, "save_every": 100},
+    )
+    config.teacher = config.components_from = "weights/emoji64_4step"
+    return config
