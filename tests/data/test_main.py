@@ -40,6 +40,8 @@ def call(command_line):
         (("prepare", "SRC", "SRC"), "not a prepared data set"),
         (("prepare", "emoji", "DST", "--size", "64x32"), "square"),
         (("prepare", "emoji:trian", "DST"), "Did you mean 'train'"),
+        (("prepare", "emoji", "DST", "--windows", "2"), "--windows takes --weights"),
+        (("prepare", "SRC", "DST", "--windows", "0"), "--windows is 0"),
         (("prepare", "emoji", "DST", "--fps", "24"), "8 frames a second"),
         (("prepare", "emoji", "DST", "--pack", "nowhere.zip"), "no emoji pack"),
         (("prepare", "SRC", "DST"), "no clip could be kept: the source is empty"),
@@ -77,6 +79,15 @@ def test_weights_give_latents_of_the_sizes_they_were_made_for(call, clip_folder,
     assert {k: (v.shape, v.dtype) for k, v in null.items()} == {k: (record[k].shape, record[k].dtype) for k in null}
     assert record["text"].shape[0] == 7
     assert record["text_mask"].sum() > null["text_mask"].sum()
+
+
+def test_chains_of_windows(call, tmp_path, weights_folder):
+    arguments = ("--weights", weights_folder, "--limit", "1", "--kind", "video", "--windows", "3")
+    code, stderr = call("prepare", "emoji", tmp_path / "out", *arguments)
+    assert code == 0, stderr
+    cache = Cache(tmp_path / "out")
+    assert cache.metadata["windows"] == 3 and cache.buckets("videos") == ("32x32x25",)
+    assert len(cache.source("videos")[0]["latents"]) == 3 * 3
 
 
 @pytest.mark.heavy

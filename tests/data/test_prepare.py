@@ -9,7 +9,7 @@ import pytest
 from magic141_jax.data.buckets import make_buckets
 from magic141_jax.data.cache import Cache
 from magic141_jax.data.loader import Stream, batches
-from magic141_jax.data.prepare import Encoders, prepare
+from magic141_jax.data.prepare import Encoders, in_windows, prepare
 from magic141_jax.data.sources import FileClips
 from magic141_jax.errors import UserError
 
@@ -161,3 +161,14 @@ def test_the_command(clip_folder, tmp_path):
     assert all(f"left out: {reason}" in run.stdout and name in run.stdout for reason, name in REASONS.items())
     assert "clip" in run.stderr
     assert Cache(tmp_path / "out").metadata["fps"] == 8
+
+
+def test_windows_are_encoded_each_by_itself_and_share_a_frame():
+    """Four windows of 5 frames are 17; each latent is the mean of its own window's frame 0 or 4."""
+    encoders = fake_encoders([])
+    clips = np.random.default_rng(0).integers(0, 256, (2, 17, 16, 16, 3)).astype(np.uint8)
+    made = in_windows(encoders, 5).frames(clips)
+    apart = [encoders.frames(clips[:, start : start + 5]) for start in (0, 4, 8, 12)]
+    np.testing.assert_array_equal(made, np.concatenate(apart, axis=1))
+    assert made.shape == (2, 8, 2, 2, 3)
+    np.testing.assert_array_equal(made[:, 1], made[:, 2], err_msg="the last frame of one is the first of the next")

@@ -112,3 +112,20 @@ def test_wrong_data_is_refused(videos, tmp_path):
         DataConfig(image_batch=0, video_batch=0)
     with pytest.raises(ValueError, match="image_tokens are some of the 3"):
         DataConfig(text_length=3, image_tokens=3)
+
+
+def test_chains_of_windows_are_for_methods_that_take_them(videos, tmp_path):
+    sizes = {"height": 16, "width": 16, "num_frames": 9, "text_length": 3}
+    config = DataConfig(path="random", image_batch=1, video_batch=2, threads=0, **sizes)
+    shape = RecordShape(channels=4, text_width=6, pooled_width=5, windows=3)
+    batch = next(streams.make_batches(config, seed=0, shape=shape))
+    assert batch["video"]["latents"].shape[1] == 9 and batch["image"]["latents"].shape[1] == 1
+    streams.require_windows(config, 3)
+    streams.require_windows(DataConfig(path=videos), 1)
+    with pytest.raises(UserError, match="clips of 1 window and this method takes 4: prepare it with --windows 4"):
+        streams.require_windows(DataConfig(path=videos), 4)
+    with cache.writing(tmp_path / "chains") as writer:
+        writer.metadata = {"kind": "latent", "windows": 3}
+        writer.add("videos", "16x16x25", record(0, 9))
+    with pytest.raises(UserError, match="clips of 3 windows and this method takes 1"):
+        streams.require_windows(DataConfig(path=str(tmp_path / "chains")), 1)
