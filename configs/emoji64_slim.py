@@ -1,9 +1,9 @@
 """The embedded default without 30 % of its transformer: what pruning took is learned again from the dense student.
 
 Part: "inference memory cost optimization with parameter sparsification" of the paper; structured, so that it is faster
-everywhere: three of four single-stream blocks and 416 of 1024 MLP neurons a block are kept.
+everywhere: 256 of 1024 MLP neurons a block are kept.
 Data: as for configs/emoji64.py.
-Before: python -m magic141_jax.sparsity default runs/cut --single_blocks 3 --neurons 416
+Before: python -m magic141_jax.sparsity default runs/cut --neurons 256
 Command: python train.py --config=configs/emoji64_slim.py --workdir=runs/slim --config.init_from=runs/cut
   or, measured after each stage, python -m magic141_jax.recipe configs/emoji64_slim.toml --workdir runs/recipe
 Hardware: two CPU cores, 2 to 3 s a step.
@@ -20,9 +20,9 @@ def get_config():
     config.teacher = "weights/emoji64_4step"
     # the dense student's own steps: one of its evaluations each, without guidance
     config.method.update(guidance=1.0, substeps=1)
-    config.model.update(single_blocks=3, mlp_ratio=416 / 256)
+    config.model.mlp_ratio = 256 / 256
     # clips recover within a hundred steps, pictures from text take all of the time
     config.data.update(image_batch=48, video_batch=3)
-    config.optimizer.update(muon_learning_rate=1.5e-3, learning_rate=6e-4, warmup_steps=15, decay_fraction=0.85)
-    config.train.steps = 1200
+    config.optimizer.update(muon_learning_rate=1.2e-3, learning_rate=5e-4, warmup_steps=10, decay_fraction=0.85)
+    config.train.steps = 1000
     return config

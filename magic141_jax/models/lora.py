@@ -34,15 +34,14 @@ class RefinerConfig:
 
     Attributes:
       rank, paths: of the adapter, see `adapted`.
-      steps, shift: of the grid of times that it walks.
-      start: the step of that grid from which it walks.
+      strength: the time to which frames are noised.
+      steps: of Euler's from there to 0, of one length.
     """
 
     rank: int
     paths: str = ""
-    steps: int = 4
-    shift: float = 5.0
-    start: int = 2
+    strength: float = 0.65
+    steps: int = 6
 
 
 def adapted(network: Network, rank: int, *, paths: str = "") -> Network:

@@ -371,9 +371,9 @@ def _prepend_image_tokens(
 def _redraw(
     config: RefinerConfig, network: Network, params: Params, cond: Conditioning, draws: jax.Array, *, count: int
 ) -> Latents:
-    """The first `count` known latents, noised to a time of the refiner's walk and denoised from there."""
+    """The first `count` known latents, noised to the refiner's time and denoised from there."""
     keys = jax.vmap(lambda draw: jax.random.fold_in(_keys(draw)[1], 1))(draws)  # beside the history noise's
-    times = timesteps.grid(config.steps, config.shift)[config.start :]
+    times = jnp.linspace(config.strength, 0, config.steps + 1)
     held = cond.known[:, :count]
     x = flow.interpolate(held, flow.draw_noise(keys, held.shape), times[0])
     nothing = dataclasses.replace(cond, known=jnp.zeros_like(held), mask=jnp.zeros_like(cond.mask[:, :count]))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from magic141_jax import weights
-from magic141_jax.diffusion import timesteps
 from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.errors import UserError
 from magic141_jax.models import lora
@@ -204,7 +203,7 @@ def refined_folder(weights_folder, tmp_path_factory):
     adapter = flatten(lora.fresh(lora.adapted(network, 2, paths="qkv|mlp"), jax.random.key(0)))
     rng = np.random.default_rng(0)
     random = {path: np.float32(rng.normal(0, 0.3, np.shape(leaf))) for path, leaf in adapter.items()}
-    fields = {"model": "refiner", "rank": 2, "paths": "qkv|mlp", "steps": 4, "shift": 3.0, "start": 2}
+    fields = {"model": "refiner", "rank": 2, "paths": "qkv|mlp", "strength": 0.6, "steps": 2}
     weights.save(made / "refiner", fields, unflatten(random), storage="int8")
     return made
 
@@ -238,7 +237,7 @@ def test_what_is_drawn_anew_starts_from_noise_of_the_refiners_level(refined_fold
     pooled = np.zeros((2, network.config.pooled_width), np.float32)
     cond = Conditioning(text, np.ones((2, 5), bool), pooled, known, np.ones((*shape[:-1], 1), np.float32))
     draws = np.array([[1, 0, 2], [1, 1, 2]], np.uint32)
-    t = float(timesteps.grid(4, 3.0)[2])
+    t = config.strength
     made = np.asarray(_redraw(config, network, zero, cond, draws, count=1))
     noise = (made - (1 - t) * known[:, :1]) / t
     assert made.shape == (2, 1, 4, 4, 4) and 0.6 < noise.std() < 1.4 and abs(noise.mean()) < 0.5
