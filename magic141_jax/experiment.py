@@ -432,8 +432,11 @@ class Experiment:
         folder.mkdir(parents=True, exist_ok=True)
         index = {"base": base.name} if borrow else {}
         if base is not None and not borrow:
+            new = (folder / "transformer").exists()
             for name in weights.COMPONENTS:
                 given = weights.part(base, name)
+                if name == "refiner" and new:  # it is of the base's transformer
+                    continue
                 if given.is_dir() and not (folder / name).exists():
                     shutil.copytree(given, folder / name)
         sampling = dict(self.config.sampling)

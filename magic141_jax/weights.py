@@ -59,11 +59,12 @@ def save(folder: Path, config: Mapping[str, Any], params: Params, *, storage: St
         _write_shards(temporary, _encode(flatten(params), storage))
 
 
-def derive(source: Path, target: Path, components: Mapping[str, tuple[Mapping[str, Any], Params]]) -> None:
+def derive(source: Path, target: Path, components: Mapping[str, tuple[Mapping[str, Any], Params] | None]) -> None:
     """Writes a weights folder like another one but for some components, {name: (its config.json, parameters)}.
 
-    What stays the same is linked where the disk allows it, and takes no space; what a base lends comes from there, so
-    that the new folder stands alone. A component's other files, a tokenizer say, come along.
+    A component of None is left out. What stays the same is linked where the disk allows it, and takes no space; what a
+    base lends comes from there, so that the new folder stands alone. A component's other files, a tokenizer say, come
+    along.
 
     Raises:
       UserError: see `require_apart`.
@@ -75,6 +76,8 @@ def derive(source: Path, target: Path, components: Mapping[str, tuple[Mapping[st
         origins |= {name: part(source, name) for name in COMPONENTS if part(source, name).is_dir()}
         for name, origin in origins.items():
             new = components.get(name)
+            if name in components and new is None:
+                continue
             for file in (file for file in origin.rglob("*") if file.is_file()):
                 weight = file.name == "config.json" or file.name.endswith((".safetensors", ".safetensors.index.json"))
                 if new is None or not (weight and file.parent == origin):

@@ -220,6 +220,12 @@ def test_a_derived_folder_is_copied_where_the_disk_has_no_links(tmp_path, monkey
     assert not held.samefile(source / "transformer" / "model.safetensors")
 
 
+def test_a_component_of_none_is_left_out(tmp_path):
+    source = write_weights(tmp_path / "source")
+    weights.derive(source, tmp_path / "new", {"vae": None})
+    assert names(tmp_path / "new") == {name for name in names(source) if not name.startswith("vae/")}
+
+
 def test_what_a_base_lends_is_derived_too(tmp_path):
     """The new folder stands alone, wherever it lies."""
     write_weights(tmp_path / "whole")

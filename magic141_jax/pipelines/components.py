@@ -171,8 +171,9 @@ def load_components(
     read = _published_components if published.is_published(index) else _own_components
     made = read(folder, index, own, dtype=dtype, mesh=mesh, lend=lend)
     refiner = weights.part(folder, "refiner")
-    # made for the folder's own transformer, and for no other
-    fits = refiner.is_dir() and transformer is None
+    # It is made for one transformer: not for another one that is asked for, nor for the folder's in place of its base's
+    other = transformer is not None or (own.parent.samefile(folder) and not refiner.parent.samefile(folder))
+    fits = refiner.is_dir() and not other
     text_parts = [path for path in (weights.part(folder, name) for name in TEXT_PARTS) if path.is_dir()]
     return dataclasses.replace(
         made,

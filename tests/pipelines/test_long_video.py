@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import shutil
 
 import jax
@@ -13,7 +14,7 @@ from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.errors import UserError
 from magic141_jax.models import lora
 from magic141_jax.pipelines import TextToVideoPipeline
-from magic141_jax.pipelines.components import load_model
+from magic141_jax.pipelines.components import load_components, load_model
 from magic141_jax.pipelines.engine import _redraw
 from magic141_jax.pipelines.long_video import VideoStream, count_windows, make_plan, overlap_frames, stream_video
 from magic141_jax.pipelines.options import resolve
@@ -256,3 +257,17 @@ def test_a_refiner_of_another_transformer_is_told(refined_folder, tmp_path):
     weights.save(tmp_path / "other" / "refiner", config, unflatten(wrong))
     with pytest.raises(UserError, match="for another transformer"):
         TextToVideoPipeline.from_pretrained(tmp_path / "other")
+
+
+def test_a_refiner_is_of_one_transformer(refined_folder, tmp_path):
+    """A folder that has a transformer of its own does not borrow its base's refiner; one that has none does."""
+    shutil.copytree(refined_folder, tmp_path / "base")
+    index = {**weights.read_json(refined_folder / "model_index.json"), "base": "base"}
+    for name, own in (("student", True), ("tuned", False)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text(json.dumps(index))
+        if own:
+            shutil.copytree(refined_folder / "transformer", tmp_path / name / "transformer")
+    assert load_components(tmp_path / "student").refiner is None
+    assert load_components(tmp_path / "tuned").refiner is not None
+    assert load_components(refined_folder, transformer=refined_folder / "transformer").refiner is None
