@@ -41,7 +41,7 @@ MAX_UPSCALED_SIDE = 8192
 WATCHABLE_SIDE = 256
 IN_METADATA = (
     *("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift", "sampler"),
-    *("overlap_latents", "history_noise", "match_colors", "carry", "blend", "anchor"),
+    *("overlap_latents", "history_noise", "match_colors", "carry", "blend", "anchor", "refine"),
 )
 
 
