@@ -47,7 +47,7 @@ class RefinementConfig(DistillationConfig):
 
     roles: RolesConfig = dataclasses.field(default_factory=lambda: RolesConfig(student="adapter"))
     walk: WalkConfig = dataclasses.field(default_factory=lambda: WalkConfig(sampler="euler"))
-    strength: float = 0.65
+    strength: float = 0.5
     steps: int = 6
     frames: int = 1
     wear: float = 0.3

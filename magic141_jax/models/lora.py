@@ -40,7 +40,7 @@ class RefinerConfig:
 
     rank: int
     paths: str = ""
-    strength: float = 0.65
+    strength: float = 0.5
     steps: int = 6
 
 

@@ -72,7 +72,7 @@ def test_the_adapter_alone_is_trained_and_exported(toys):
     params = method.init(jax.random.key(0))
     (name, (model, found, adapter)), *others = method.components(params).items()
     assert (name, model, others) == ("refiner", "refiner", [])
-    assert found == RefinerConfig(rank=2, strength=0.65, steps=6)
+    assert found == RefinerConfig(rank=2, strength=0.5, steps=6)
     assert all(path.endswith((".a", ".b")) for path in flatten(adapter))
 
 
