@@ -1,6 +1,10 @@
-"""Curves over the rows of a comparison as an SVG file: quality against training steps, evaluations or memory.
+"""Curves as an SVG file: quality over the rows of a comparison (`draw`), values by window, what training logged.
 
-Rows named NAME@STEP are the points of one line NAME:
+    draw         quality against training steps, evaluations or memory
+    over_time    a long video's values, window by window
+    training     losses and other scalars of runs, step by step
+
+Of a comparison, rows named NAME@STEP are the points of one line NAME:
 
     axis "steps"         x is STEP; a row without one is a level that the lines are held against
     axis "evaluations"   x is measured: evaluations of the network a clip (`compare.evaluations`)
@@ -19,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from magic141_jax.errors import UserError
+from magic141_jax.errors import UserError, nearest
 from magic141_jax.evaluation.standing import KINDS, TABLE
 
 Axis = Literal["steps", "evaluations", "megabytes"]
@@ -130,20 +134,61 @@ def over_time(
     Raises:
       UserError: matplotlib isn't installed.
     """
+
+    def curve(values: Sequence[float]) -> tuple[Any, Any]:
+        return seconds * np.arange(1, len(values) + 1), values
+
+    curves = {
+        title: {label: curve(windows[measure]) for label, windows in rows.items()} for measure, title in labels.items()
+    }
+    return _grid(curves, "seconds", columns)
+
+
+def training(runs: Mapping[str, Sequence[Mapping[str, float]]], names: Sequence[str] = (), *, columns: int = 3) -> str:
+    """The SVG of what training runs logged, by step: a panel for each scalar, a curve for each run.
+
+    Args:
+      runs: {label: lines of its metrics.jsonl, from `train.metrics.read`}.
+      names: scalars to draw; all that any run has unless given.
+      columns: panels side by side.
+
+    Raises:
+      UserError: matplotlib isn't installed, no run has logged a line yet, or none has a scalar of such a name.
+    """
+    found = sorted({name for of in runs.values() for line in of for name in line} - {"step", "time"})
+    if not found:
+        raise UserError(f"nothing to draw: no line is logged yet by {', '.join(runs)}")
+    for name in names:
+        if name not in found:
+            raise UserError(f"no run has logged {name!r}.{nearest(name, found)}")
+    curves: dict[str, dict[str, Any]] = {}
+    for name in names or found:
+        points = {label: [(line["step"], line[name]) for line in of if name in line] for label, of in runs.items()}
+        curves[name] = {label: tuple(zip(*of)) for label, of in points.items() if of}
+    return _grid(curves, AXES["steps"], columns)
+
+
+def _grid(curves: Mapping[str, Mapping[str, tuple[Any, Any]]], across: str, columns: int) -> str:
+    """The SVG of {title: {label: (x, y)}}: a panel for each title, with the same colour for a label in all of them."""
     matplotlib, figure_class = _matplotlib()
-    height = -(-len(labels) // columns)
+    columns = min(columns, len(curves))
+    height = -(-len(curves) // columns)
+    labels = dict.fromkeys(label for of in curves.values() for label in of)
+    colours = {label: f"C{i % 10}" for i, label in enumerate(labels)}
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
         figure = figure_class(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * height + 0.4), layout="constrained")
         panels = list(figure.subplots(height, columns, squeeze=False).flat)
-        for panel, (measure, title) in zip(panels, labels.items()):
-            for i, (label, windows) in enumerate(rows.items()):
-                values = np.asarray(windows[measure], np.float64)
-                panel.plot(seconds * np.arange(1, len(values) + 1), values, color=f"C{i % 10}", label=label)
+        handles: dict[str, Any] = {}
+        for panel, (title, of) in zip(panels, curves.items()):
+            for label, (x, y) in of.items():
+                marker = "." if len(x) == 1 else ""  # a line of one point is invisible
+                (line,) = panel.plot(x, np.asarray(y, np.float64), color=colours[label], marker=marker)
+                handles.setdefault(label, line)
             panel.set_title(title, fontsize=9)
-            panel.set_xlabel("seconds")
-        for panel in panels[len(labels) :]:
+            panel.set_xlabel(across)
+        for panel in panels[len(curves) :]:
             panel.set_axis_off()
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
+        figure.legend(handles.values(), handles, loc="outside upper center", ncols=6, frameon=False)
         return _svg(figure)
 
 

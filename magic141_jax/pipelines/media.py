@@ -14,7 +14,7 @@ import os
 import queue
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -168,6 +168,37 @@ def staged(*targets: Path) -> Iterator[tuple[Path, ...]]:
     finally:
         for source in temporary:
             source.unlink(missing_ok=True)
+
+
+def write_video(
+    path: str | Path,
+    frames: np.ndarray | Iterable[np.ndarray],
+    fps: float,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    upscale: int = 1,
+) -> Path:
+    """Writes one video, whole or not at all.
+
+    Args:
+      path: mp4, gif, webp or png (the first frame alone), by extension.
+      frames: (t, y, x, 3) in [0, 1], or parts of such a clip as they come, as `long_video.stream_video` gives them.
+      fps: frames a second.
+      metadata: a JSON-ready object to keep in the file, such as prompt and seed.
+      upscale: enlarges what is written (Lanczos).
+
+    Returns:
+      The path.
+
+    Raises:
+      UserError: an unknown extension, no folder, or more frames than the format holds.
+    """
+    path, parts = Path(path), [frames] if isinstance(frames, np.ndarray) else frames
+    check_output(path, len(frames) if isinstance(frames, np.ndarray) else 1)
+    with staged(path) as (temporary,), BackgroundWriter(temporary, fps, metadata or {}, upscale=upscale) as writer:
+        for part in parts:
+            writer.write(part)
+    return path
 
 
 def write_image(path: Path, image: np.ndarray, metadata: Mapping[str, Any], *, upscale: int = 1) -> None:

@@ -22,6 +22,8 @@ from tensorboardX import SummaryWriter
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
+from magic141_jax.errors import UserError
+
 
 class Window:
     """Means of scalars since the last log line; NaN values (no sample of that kind) are left out."""
@@ -140,8 +142,11 @@ class SilentWriter(MetricWriter):
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    """The lines of a run's metrics.jsonl; raises `UserError` where there is none."""
+    path = Path(workdir) / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"no {path}; train first, with --workdir={workdir}")
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _step_of(line: str) -> float:

@@ -96,6 +96,25 @@ def test_nothing_to_draw():
         plots.draw({"a": row(0.5), "b": row(0.5)}, "train", axis="steps")
 
 
+def test_training():
+    runs = {
+        "first": [{"step": n, "time": 9.0, "loss/student": 1 / n, "i2v": 0.5} for n in (1, 2, 3)],
+        "second": [{"step": 1, "time": 9.0, "loss/student": 0.7}],
+    }
+    text = plots.training(runs)
+    assert text == plots.training(runs)
+    words = {"".join(node.itertext()).strip() for node in ElementTree.fromstring(text).iter(f"{SVG}text")}
+    assert {"first", "second", "i2v", "loss/student", plots.AXES["steps"]} <= words
+    assert "time" not in words
+    assert ">i2v<" not in plots.training(runs, ["loss/student"])
+    worse = {**runs, "second": [{"step": 1, "loss/student": 0.9}]}
+    assert text != plots.training(worse), "a run of one line is seen"
+    with pytest.raises(UserError, match=r"no run has logged 'loss/studnet'. Did you mean 'loss/student'"):
+        plots.training(runs, ["loss/studnet"])
+    with pytest.raises(UserError, match="no line is logged yet by first"):
+        plots.training({"first": []})
+
+
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install -r requirements-dev.txt"):

@@ -133,3 +133,24 @@ def test_bad_outputs(tmp_path):
     with pytest.raises(UserError, match=r"write an \.mp4"):
         media.check_output(tmp_path / "a.gif", 10_000)
     media.check_output(tmp_path / "a.mp4", 10_000)
+
+
+def test_write_video(tmp_path, clip):
+    whole = media.write_video(tmp_path / "whole.mp4", clip, 8, metadata=METADATA, upscale=2)
+    parts = media.write_video(
+        str(tmp_path / "parts.mp4"), iter(np.array_split(clip, 3)), 8, metadata=METADATA, upscale=2
+    )
+    assert whole.read_bytes() == parts.read_bytes()
+    assert media.read_metadata(parts) == METADATA
+    with av.open(str(whole)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == len(clip)
+
+    def cut():
+        yield clip
+        raise OSError(errno.EIO, "torn")
+
+    with pytest.raises(OSError, match="torn"):
+        media.write_video(tmp_path / "cut.mp4", cut(), 8)
+    with pytest.raises(UserError, match="unknown extension"):
+        media.write_video(tmp_path / "clip.mov", clip, 8)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.mp4", "parts.mp4"}
