@@ -41,6 +41,7 @@ def main() -> None:
         say(f"wrote {_EXPORT.value}")
         return
     say(experiment.memory(), flush=True)
+    say("the first step waits for the compiler, which takes as long as many steps", flush=True)
     result = experiment.train(progress=_PROGRESS.value)
     if result.stopped:
         say(f"stopped and saved at step {result.step}; the same command goes on from there")

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from magic141_jax import processes, settings, sharding, weights
 from magic141_jax.data import __main__ as data_cli
+from magic141_jax.data import cache
 from magic141_jax.distill.consistency import Consistency
 from magic141_jax.distill.dmd import DMD
 from magic141_jax.distill.guidance import GuidanceDistillation
@@ -559,13 +560,19 @@ class Experiment:
 
 
 def prepared(data: streams.DataConfig, workdir: Path) -> streams.DataConfig:
-    """The data config with clips that are not prepared yet prepared into `workdir`/data (once)."""
+    """The data config with clips that are not prepared yet prepared into `workdir`/data (once).
+
+    Raises:
+      UserError: no clips there, or `workdir`/data was prepared from others.
+    """
     path = Path(data.path)
     if data.path in ("", streams.EMOJI, streams.RANDOM) or (path / "metadata.json").is_file():
         return data
     if not path.exists():
         raise UserError(f"no data at {path} (config.data.path)")
     target = workdir / "data"
+    if (target / "metadata.json").is_file():
+        cache.require_source(target, path)
     arguments = ["prepare", str(path), str(target), "--size", f"{data.height}x{data.width}"]
     arguments += ["--num_frames", str(data.num_frames), "--fps", str(data.fps)]
     arguments += ["--weights", data.encoders] if data.encoders else []

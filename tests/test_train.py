@@ -6,6 +6,7 @@ import os
 import random
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,19 +18,21 @@ import jax
 import numpy as np
 import pytest
 
+from magic141_jax.data.emoji import COLOURS, EmojiPack, caption, poster
 from magic141_jax.experiment import Experiment
+from magic141_jax.pipelines import media
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--config.data.image_batch=0", "--config.data.height=16", "--config.data.width=16", "--noprogress"]
 
 
-def start(*arguments):
+def start(*arguments, script="train.py"):
     environment = os.environ | {
         "MAGIC141_JAX_CACHE": str(Path(tempfile.gettempdir()) / "magic141-jax-train-test-cache"),
         "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles three times faster
         "JAX_PLATFORMS": "cpu",
     }
-    command = [sys.executable, "train.py", *arguments]
+    command = [sys.executable, script, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
 
@@ -130,6 +133,62 @@ def test_mistakes_are_one_line(arguments, message, tmp_path):
     assert code == 2 and message in errors, errors
     assert [line for line in errors.splitlines() if line.startswith("error: ")] == errors.splitlines()
     assert not list(tmp_path.iterdir())
+
+
+def commands(section):
+    """The argument lists of the first block of commands of a section of README.md."""
+    block = (ROOT / "README.md").read_text().split(f"\n## {section}\n")[1].split("```bash\n")[1].split("```")[0]
+    return [shlex.split(line) for line in block.splitlines()]
+
+
+def with_names(word, names):
+    """A word of a command with the reader's own names in it."""
+    for old, new in names.items():
+        word = word.replace(old, new)
+    return word
+
+
+def write_clips(folder):
+    """Twelve files as people have them: sizes, rates, endings and a spreadsheet's csv. Two can't be used."""
+    pack, rows = EmojiPack(), ["file;caption"]
+    (folder / "more").mkdir(parents=True)
+    for i, (colour, suffix) in enumerate(zip([*COLOURS][:5] * 2, [".mp4", ".gif", ".webp", ".mp4", ".png"] * 2)):
+        scene = poster(pack.held_out[i % 3], colour, "left")
+        name, frames = f"{'more/' * (i % 2)}clip {i}{suffix}", pack.render(scene, size=80 + 16 * (i % 3), num_frames=30)
+        media.write_video(folder / name, frames / 255, 8 + i % 5)
+        rows.append(f"{name};{caption(pack, scene)}, number {i}")
+    media.write_video(folder / "short.mp4", frames[:5] / 255, 8)
+    (folder / "broken.mp4").write_bytes(b"not a video")
+    rows += ["short.mp4;too short", "broken.mp4;broken"]
+    (folder / "captions.csv").write_text("\n".join(rows), encoding="utf-8-sig")
+    return rows[1].split(";")[1]
+
+
+@pytest.mark.heavy
+def test_a_newcomer_trains_on_own_clips_as_the_readme_says(tmp_path):
+    words = write_clips(tmp_path / "my clips")
+    mine = {"path/to/clips": str(tmp_path / "my clips"), "runs/mine": str(tmp_path / "mine")}
+    train, sample = commands("Bring your own clips")
+    brief = ["steps=2", "log_every=1", "sample_every=0"]
+    train += [f"--config.train.{value}" for value in brief] + [
+        "--config.data.video_batch=1",
+        "--config.data.image_batch=1",
+    ]
+    sample = [words if word == "one of your captions" else word for word in sample] + [f"--output={tmp_path}/out.mp4"]
+    told = []
+    for program, script, *arguments in (train, sample):
+        code, output, errors = finish(start(*(with_names(word, mine) for word in arguments), script=script))
+        assert program == "python" and code == 0, errors
+        told.append(output)
+    assert re.search(r"kept +8 +videos", told[0]) and re.search(r"kept +2 +images", told[0])
+    assert re.search(r"left out: too short +1 +short.mp4", told[0]) and "broken.mp4" in told[0]
+    assert "2 steps done" in told[0] and all(np.isfinite(line["i2v"]) for line in lines(tmp_path / "mine"))
+    about = media.read_metadata(tmp_path / "out.mp4")
+    assert (about["prompt"], about["frames"]) == (words, 17)
+
+    mine["path/to/clips"] = str(tmp_path / "my clips" / "more")  # the run has others
+    code, _, errors = finish(start(*(with_names(word, mine) for word in train[2:])))
+    assert code == 2 and "was prepared from" in errors, errors
 
 
 @pytest.mark.heavy

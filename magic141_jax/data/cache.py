@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 import grain
 import numpy as np
+from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
@@ -225,3 +226,19 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     if metadata.get("format") != FORMAT or "groups" not in metadata or metadata.get("kind") not in ("raw", "latent"):
         raise UserError(f"{path} is of another format; prepare the data again")
     return metadata
+
+
+def require_source(folder: Path, source: Path) -> None:
+    """Warns where clips or captions have changed since `folder` was prepared from them.
+
+    Raises:
+      UserError: it was prepared from another source.
+    """
+    path = Path(folder) / "metadata.json"
+    recorded = read_json(path).get("source")
+    if recorded is not None and Path(recorded).resolve() != source.resolve():
+        raise UserError(f"{folder} was prepared from {recorded}, not from {source}; take another folder, or remove it")
+    since = path.stat().st_mtime
+    files = source.rglob("*") if source.is_dir() else [source]
+    if any(file.is_file() and file.stat().st_mtime > since for file in files):
+        logging.warning("%s has changed since %s was prepared from it; remove that to do so again", source, folder)

@@ -160,7 +160,10 @@ def _column(path: Path, header: Iterable[str], wanted: tuple[str, ...]) -> str:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Entry]]:
-    reader = csv.DictReader(_text(path).splitlines(keepends=True), restkey="", restval="", strict=True)
+    lines = _text(path).splitlines(keepends=True)
+    # Spreadsheets write semicolons where the comma is the decimal sign.
+    delimiter = max(",;\t", key="".join(lines[:1]).count)
+    reader = csv.DictReader(lines, restkey="", restval="", strict=True, delimiter=delimiter)
     try:
         header = reader.fieldnames or []
         if len({name.strip().lower() for name in header}) != len(header):

@@ -1,9 +1,10 @@
 import json
+import os
 
 import numpy as np
 import pytest
 
-from magic141_jax.data.cache import Cache, decode_record, encode_record, writing
+from magic141_jax.data.cache import Cache, decode_record, encode_record, require_source, writing
 from magic141_jax.errors import UserError
 
 
@@ -93,3 +94,19 @@ def test_damage_is_named(tmp_path):
     (tmp_path / "data" / "metadata.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(UserError, match="another format"):
         Cache(tmp_path / "data")
+
+
+def test_a_prepared_folder_knows_its_source(tmp_path, caplog):
+    clips, others, target = tmp_path / "clips", tmp_path / "others", tmp_path / "prepared"
+    clips.mkdir()
+    (clips / "captions.csv").write_text("file,caption\n")
+    with writing(target) as writer:
+        writer.metadata = {"source": str(clips)}
+    require_source(target, clips)
+    assert not caplog.records
+    with pytest.raises(UserError, match=r"was prepared from .*clips, not from .*others; take another"):
+        require_source(target, others)
+    later = (target / "metadata.json").stat().st_mtime + 5
+    os.utime(clips / "captions.csv", (later, later))
+    require_source(target, clips)
+    assert "has changed since" in caplog.text

@@ -56,6 +56,14 @@ def test_a_folder_is_matched_with_its_csv(clip_folder):
     }
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_spreadsheets_have_their_own_commas(tmp_path, delimiter):
+    (tmp_path / "x.png").write_bytes(b"")
+    (tmp_path / "captions.csv").write_text(f"file{delimiter}caption\nx.png{delimiter}one, two\n")
+    entries, left_out = manifest.read_folder(tmp_path)
+    assert entries == [Entry("x.png", ("one, two",))] and not left_out
+
+
 def test_jsonl_captions_with_a_list_and_other_names(tmp_path):
     (tmp_path / "x.png").write_bytes(b"")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png", "text": ["one", "two"], "start": 0, "n": 3}\n')
