@@ -21,6 +21,9 @@ and, of the first captions, further draws under other noise. Measures of a kind,
     evaluations        of the network a clip, both passes of guidance counted
     dit_megabytes      of the transformer's parameters on their devices, in the forms that they are held in
 
+and under `by_caption` what each caption has of those that are means over captions, in their order (of the diversity:
+the first ones only), for paired comparison (`paired`).
+
 DiT seconds are the median over batches without the first; the engine keeps text, VAE and compilation apart. Seeds are
 the outer loop, so that what else the machine does falls on all rows alike, and what was measured before a cut is
 whole (`record`).
@@ -30,7 +33,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,8 @@ from magic141_jax import weights
 from magic141_jax.data.emoji import EmojiPack
 from magic141_jax.errors import UserError, nearest
 from magic141_jax.evaluation import features, metrics, protocol
-from magic141_jax.evaluation.protocol import BATCH, MAX_SEED, SPLITS, Clips, Progress, Values
+from magic141_jax.evaluation.protocol import BATCH, MAX_SEED, SPLITS, Clips, Progress
+from magic141_jax.evaluation.standing import BY_CAPTION
 from magic141_jax.evaluation.templates import Search
 from magic141_jax.models.mmdit import MMDiTConfig
 from magic141_jax.models.resident import taken
@@ -288,26 +292,25 @@ def make(row: Loaded, clips: Clips, noises: np.ndarray, *, kinds: Sequence[str] 
 
 def measure(
     made: Made, clips: Clips, judge: Judge, *, resolved: SamplingOptions, config: MMDiTConfig
-) -> dict[str, Values]:
+) -> dict[str, dict[str, Any]]:
     """The measures of the module docstring, by kind."""
     values = {}
     for kind, frames in made.clips.items():
         true = clips.made["truth" if kind == "i2v" else "posters"]
-        found = {f"last_{k}": v for k, v in protocol.frame_values(frames[:, -1], clips.scenes, judge.search).items()}
+        each = {f"last_{k}": v for k, v in protocol.each_frame(frames[:, -1], clips.scenes, judge.search).items()}
         if kind == "i2v":
-            found["first_frame_psnr"] = protocol.mean(
-                metrics.psnr(a, b) for a, b in zip(frames[:, 0], true[:, 0], strict=True)
-            )
+            each["first_frame_psnr"] = [metrics.psnr(a, b) for a, b in zip(frames[:, 0], true[:, 0], strict=True)]
         else:
-            first = protocol.frame_values(frames[:, 0], clips.scenes, judge.search)
-            found |= {f"first_{k}": v for k, v in first.items()}
+            first = protocol.each_frame(frames[:, 0], clips.scenes, judge.search)
+            each |= {f"first_{k}": v for k, v in first.items()}
         space = judge.space
-        values[kind] = found | {
-            **protocol.clip_values(frames, clips.scenes, true),
+        each |= protocol.each_clip(frames, clips.scenes, true)
+        each["diversity"] = features.diversity_of_each([space.maps(draw) for draw in made.draws[kind]])
+        values[kind] = {name: protocol.mean(of) for name, of in each.items()} | {
             "frechet": features.frechet(space.statistics(frames), space.statistics(true)),
-            "diversity": features.diversity([space.maps(draw) for draw in made.draws[kind]]),
             "dit_seconds": made.seconds[kind],
             "evaluations": evaluations(resolved, config) * (2 if kind == "t2v" else 1),
+            BY_CAPTION: {name: _short(of) for name, of in each.items()},
         }
     return values
 
@@ -363,6 +366,11 @@ def _read_row(text: str) -> Row:
             raise UserError(f"row {label}: {key} is {value!r}; it must be {what}") from None
     parts = {name: given.pop(name) for name in PARTS if name in given}
     return Row(label, folder, given, **parts)
+
+
+def _short(values: Iterable[float]) -> list[float]:
+    """Numbers to five digits, for the file that holds them all."""
+    return [float(f"{value:.5g}") for value in values]
 
 
 def _once(values: tuple[Any, ...], flag: str) -> tuple[Any, ...]:

@@ -106,10 +106,15 @@ def diversity(draws: Sequence[np.ndarray]) -> float:
     Returns:
       the root mean square difference of two draws, mean over pairs of draws and captions.
     """
+    return float(np.mean(diversity_of_each(draws)))
+
+
+def diversity_of_each(draws: Sequence[np.ndarray]) -> np.ndarray:
+    """`diversity` caption by caption: (n,)."""
     pairs = list(itertools.combinations([np.asarray(d, np.float64).reshape(len(d), -1) for d in draws], 2))
     if not pairs:
         raise ValueError("diversity takes at least two draws")
-    return float(np.mean([np.sqrt(np.mean((a - b) ** 2, axis=1)) for a, b in pairs]))
+    return np.mean([np.sqrt(np.mean((a - b) ** 2, axis=1)) for a, b in pairs], axis=0)
 
 
 def _average_cells(values: np.ndarray) -> np.ndarray:
