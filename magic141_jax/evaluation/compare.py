@@ -16,10 +16,12 @@ and, of the first captions, further draws under other noise. Measures of a kind,
     motion             share of the clips that move as the caption says
     motion_amount      over that of true clips
     frechet            `features.frechet` to true clips of the same scenes (not i2v: started as a caption's picture is)
+    perceptual         `features.perceptual` to the true clip of the same first frame (i2v only)
     diversity          `features.diversity` over noises: of the pictures (t2v), of the clips (i2v, text)
     dit_seconds        of the transformer alone a clip, in batches of one size: t2v is picture and clip
     evaluations        of the network a clip, both passes of guidance counted
     dit_megabytes      of the transformer's parameters on their devices, in the forms that they are held in
+    clip_*, video_*    by published networks, where they are given (`networks`)
 
 and under `by_caption` what each caption has of those that are means over captions, in their order (of the diversity:
 the first ones only), for paired comparison (`paired`).
@@ -44,6 +46,7 @@ from magic141_jax import weights
 from magic141_jax.data.emoji import EmojiPack
 from magic141_jax.errors import UserError, nearest
 from magic141_jax.evaluation import features, metrics, protocol
+from magic141_jax.evaluation.networks import Networks
 from magic141_jax.evaluation.protocol import BATCH, MAX_SEED, SPLITS, Clips, Progress
 from magic141_jax.evaluation.standing import BY_CAPTION
 from magic141_jax.evaluation.templates import Search
@@ -74,6 +77,7 @@ KEYS = SETTINGS | WINDOWS | PARTS
 FORM = "a row is label=FOLDER or label=FOLDER:steps=4,guidance=1"
 REFERENCE = 128  # true clips that the units of the features come from
 REFERENCE_SEED, NOISE_SEED = 1410, 141
+NO_NETWORKS = Networks()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +122,7 @@ class Judge:
 
     search: Search
     space: features.FeatureSpace
+    networks: Networks = NO_NETWORKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,9 +222,23 @@ def identity(loaded: Loaded) -> dict[str, Any]:
 
 
 def compare(
-    loaded: Sequence[Loaded], pack: EmojiPack, plan: Plan, *, progress: Progress = lambda text: None
+    loaded: Sequence[Loaded],
+    pack: EmojiPack,
+    plan: Plan,
+    *,
+    networks: Networks = NO_NETWORKS,
+    progress: Progress = lambda text: None,
+    show: Callable[[int, str, str, Clips, Made], None] = lambda *of: None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Measures all rows, seed by seed.
+
+    Args:
+      loaded: the rows.
+      pack: the emoji.
+      plan: on what they are compared.
+      networks: published ones, that measure too.
+      progress: is told what is done.
+      show: is shown (seed, split, label, true clips, what the row made of them).
 
     Yields:
       a seed and its values[label][split][kind][measure], when all rows are measured under it.
@@ -227,7 +246,7 @@ def compare(
     num_frames, side, _ = _shape(loaded[0])
     known = protocol.draw_scenes(pack, "train", REFERENCE, seed=REFERENCE_SEED)
     true = protocol.render_clips(pack, known, side=side, num_frames=num_frames)
-    judge = Judge(Search(pack, side), features.FeatureSpace.of(true))
+    judge = Judge(Search(pack, side), features.FeatureSpace.of(true), networks)
     for seed in plan.seeds:
         values: dict[str, dict[str, Any]] = {x.row.label: {} for x in loaded}
         for split in plan.splits:
@@ -236,6 +255,7 @@ def compare(
             for row in loaded:
                 name = row.row.label
                 made = make(row, clips, noises, kinds=plan.kinds)
+                show(seed, split, name, clips, made)
                 progress(f"{name}, {split}, seed {seed}: made")
                 values[name][split] = measure(made, clips, judge, resolved=row.resolved, config=_config(row))
                 for found in values[name][split].values():
@@ -304,14 +324,24 @@ def measure(
             first = protocol.each_frame(frames[:, 0], clips.scenes, judge.search)
             each |= {f"first_{k}": v for k, v in first.items()}
         space = judge.space
+        if kind == "i2v":
+            each["perceptual"] = features.perceptual(space.maps(frames), space.maps(true))
+        judged, whole = judge.networks.measure(frames, clips.captions, true)
+        if kind != "i2v":
+            judged.pop("clip_perceptual", None)  # a clip from text alone has no true one to be held against
+        each |= judged
         each |= protocol.each_clip(frames, clips.scenes, true)
         each["diversity"] = features.diversity_of_each([space.maps(draw) for draw in made.draws[kind]])
-        values[kind] = {name: protocol.mean(of) for name, of in each.items()} | {
-            "frechet": features.frechet(space.statistics(frames), space.statistics(true)),
-            "dit_seconds": made.seconds[kind],
-            "evaluations": evaluations(resolved, config) * (2 if kind == "t2v" else 1),
-            BY_CAPTION: {name: _short(of) for name, of in each.items()},
-        }
+        values[kind] = (
+            {name: protocol.mean(of) for name, of in each.items()}
+            | whole
+            | {
+                "frechet": features.frechet(space.statistics(frames), space.statistics(true)),
+                "dit_seconds": made.seconds[kind],
+                "evaluations": evaluations(resolved, config) * (2 if kind == "t2v" else 1),
+                BY_CAPTION: {name: _short(of) for name, of in each.items()},
+            }
+        )
     return values
 
 

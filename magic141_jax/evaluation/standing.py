@@ -24,19 +24,27 @@ GOAL = (
     "diversity, and video from text in at least 10 times less DiT time."
 )
 NOTES = (
-    "Means over captions. Identity, *nearest*, motion: as in the model card. Fréchet distance: of our own 18 "
+    "Means over captions. Identity, *nearest*, motion: as in the model card. Fréchet distance, own features: of our 18 "
     "appearance and change statistics, to true clips of the same scenes; 0 is best, and it is comparable at equal "
     "numbers of captions only. Diversity: distance of samples of a caption under several noises, over the first row's "
     "(T2V: of the pictures). DiT seconds: the transformer alone, a clip, compiled, in batches of one size (T2V: "
     "picture and clip). Evaluations: of the network, a clip, both passes of guidance. DiT MB: what the transformer's "
-    "parameters take on the device, 10^6 bytes. Bold: the best of a column, if "
-    "its mean ± deviation lies apart from all others."
+    "parameters take on the device, 10^6 bytes. Bold: the best of a column, if its mean ± deviation lies apart from "
+    "all others."
 )
-PAIRED_NOTE = (
-    "Paired: differences to the first row over pairs of the same caption, first frame and noise, of all seeds, and the "
-    "95 % interval of the mean difference by the bootstrap; it does not cover the luck of a training. A difference is "
-    "certain at 95 % where 0 (of ratios 100 %) lies outside. Bold: the whole interval is within the goal."
-)
+MORE_NOTES = {  # of what only some comparisons have measured
+    "perceptual": "Perceptual distance, own features: to the true clip with the same first frame, frame by frame, of "
+    "our 9 appearance and change features in 8 x 8 cells, in LPIPS's form; 0 is best.",
+    "clip_text": "CLIP: 100 x cosine of embeddings of the published network that was given, means over frames. "
+    "Perceptual and Fréchet distance by CLIP: of its last patch states, to the true clip; of all frames' embeddings, "
+    "to those of true clips. They are no LPIPS and no FID: those are of other networks.",
+    "video_frechet": "Fréchet distance by VideoMAE: of the published network that was given, clips to true clips. It "
+    "is no FVD by I3D, and comparable at equal numbers of captions only.",
+    BY_CAPTION: "Paired: differences to the first row over pairs of the same caption, first frame and noise, of all "
+    "seeds, and the 95 % interval of the mean difference by the bootstrap; it does not cover the luck of a training. A "
+    "difference is certain at 95 % where 0 (of ratios 100 %) lies outside. An interval of no width: no pair differs, "
+    "which of n pairs still allows 3 / n of all. Bold: the whole interval is within the goal.",
+}
 ROUNDING = 1e-9
 
 
@@ -50,6 +58,8 @@ class Against(NamedTuple):
 
 POINTS = Against(lambda a, b: 100 * (a - b), "{:+.1f}", "points")
 DECIBELS = Against(lambda a, b: a - b, "{:+.1f}", "dB")
+SCORE = Against(lambda a, b: a - b, "{:+.2f}", "of 100")
+CHANGE = Against(lambda a, b: 100 * _ratio(a, b) - 100, "{:+.1f}", "% of the first row's")
 PERCENT = Against(lambda a, b: 100 * _ratio(a, b), "{:.0f}", "%")
 TIMES = Against(lambda a, b: _ratio(b, a), "{:.1f}", "times the speed")
 
@@ -77,7 +87,14 @@ TABLE = (
     Column("PSNR of the first frame (dB)", "first_frame_psnr", "{:.1f}", against=DECIBELS),
     Column("amount of motion / the data's", "motion_amount", better=0, against=PERCENT),
     Column("diversity / the first row's", "diversity", better=0, relative=True, against=PERCENT),
-    Column("Fréchet distance", "frechet", better=-1),
+    Column("Fréchet distance (own features)", "frechet", better=-1),
+    Column("perceptual distance (own features)", "perceptual", "{:.3f}", -1, against=CHANGE),
+    Column("CLIP, text to frames", "clip_text", "{:.1f}", against=SCORE),
+    Column("CLIP, frames to the first", "clip_first", "{:.1f}", against=SCORE),
+    Column("CLIP, neighbouring frames", "clip_neighbours", "{:.2f}", against=SCORE),
+    Column("perceptual distance (CLIP)", "clip_perceptual", "{:.3f}", -1, against=CHANGE),
+    Column("Fréchet distance of frames (CLIP)", "clip_frechet", better=-1),
+    Column("Fréchet distance of clips (VideoMAE)", "video_frechet", better=-1),
     Column("evaluations", "evaluations", "{:.0f}", better=0),
     Column("DiT seconds", "dit_seconds", "{:.3g}", better=0),
     Column("DiT MB", "dit_megabytes", "{:.1f}", better=0),
@@ -119,8 +136,9 @@ def section(results: Mapping[str, Any]) -> str:
 
 def notes(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
     """The lines that say what the columns of the rows of some comparisons are."""
-    kinds = [of for rows in comparisons for row in rows.values() for v in row["values"].values() for of in v.values()]
-    return [NOTES, *(["", PAIRED_NOTE] if any(BY_CAPTION in found for of in kinds for found in of.values()) else [])]
+    values = [v for rows in comparisons for row in rows.values() for v in row["values"].values()]
+    measured = {name for of in values for kinds in of.values() for found in kinds.values() for name in found}
+    return [NOTES, *(line for name, note in MORE_NOTES.items() if name in measured for line in ("", note))]
 
 
 def facts(settings: Mapping[str, Any]) -> str:
@@ -191,14 +209,15 @@ def paired_lines(rows: Mapping[str, Any], split: str, kind: str) -> list[str]:
     pairs = {found[label][c.measure].pairs for label in found for c in shown if c.measure in found[label]}
     several = f"{max(pairs)} pairs" if len(pairs) == 1 else f"{min(pairs)} to {max(pairs)} pairs"
     least = {aspect.measure: aspect.least for aspect in ASPECTS if kind in aspect.judged}
-    head = ["", *(f"{c.label.split(' (')[0].split(' / ')[0]} ({c.against.unit})" for c in shown)]
+    head = ["", *(f"{c.label.removesuffix(' (dB)').split(' / ')[0]} ({c.against.unit})" for c in shown)]
     lines = []
     for label, of in found.items():
         cells = []
         for column in shown:
             value = of.get(column.measure)
             text = "–" if value is None else written(value, column.against.form)
-            safe = value is not None and value.low >= least.get(column.measure, math.inf) - ROUNDING
+            sure = value is not None and value.low < value.high  # no pair that differs is no certainty
+            safe = sure and value.low >= least.get(column.measure, math.inf) - ROUNDING
             cells.append(f"**{text}**" if safe else text)
         lines.append([label, *cells])
     return ["", f"Paired with {next(iter(rows))}, {several}, 95 % intervals:", "", markdown(head, lines)]

@@ -185,7 +185,7 @@ def test_pairs_of_all_seeds_have_an_interval():
     assert motion.startswith("**+10.0 [+0.0, +2") and amount == "90 [90, 90]" and diversity == "80 [80, 80]"
     assert lines[-1] in "\n".join(standing.tables(made, "train"))
     how = {"samples": 10, "draws": 2, "seeds": (0, 1), "splits": ("train",)}
-    assert standing.PAIRED_NOTE in standing.section({"rows": made, "settings": how})
+    assert standing.MORE_NOTES[standing.BY_CAPTION] in standing.section({"rows": made, "settings": how})
 
 
 def test_older_records_have_no_pairs():
@@ -193,7 +193,7 @@ def test_older_records_have_no_pairs():
     assert standing.paired(made, "train", "i2v") == {"s0": {}} and not standing.paired_lines(made, "train", "i2v")
     assert "paired" not in standing.standings(made, "train")["s0"]
     how = {"samples": 10, "draws": 2, "seeds": (0,), "splits": ("train",)}
-    assert standing.PAIRED_NOTE not in standing.section({"rows": made, "settings": how})
+    assert standing.MORE_NOTES[standing.BY_CAPTION] not in standing.section({"rows": made, "settings": how})
     grown = paired_rows()
     for row in grown.values():
         del row["values"]["train"]["0"]["i2v"][standing.BY_CAPTION]
