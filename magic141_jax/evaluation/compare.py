@@ -153,6 +153,21 @@ def read_rows(texts: Sequence[str], *, fewest: int = 2) -> tuple[Row, ...]:
     return rows
 
 
+def with_labels(texts: Sequence[str]) -> tuple[str, ...]:
+    """Rows as `read_rows` takes them, where a label may be left out: it is then the folder's name.
+
+    "weights" tells nothing, so that of runs/a/weights it is "a"; of equal names the later ones are numbered.
+    """
+    rows: list[str] = []
+    for text in texts:
+        named = "=" in text and ":" not in text.partition("=")[0]
+        path = Path(text.partition(":")[0].strip())
+        label = path.parent.name if path.name == "weights" and path.parent.name else path.name
+        taken = sum(row.startswith((f"{label}=", f"{label} (")) for row in rows)
+        rows.append(text if named else f"{f'{label} ({taken + 1})' if taken else label}={text}")
+    return tuple(rows)
+
+
 def write_row(row: Row) -> str:
     """The inverse of `read_rows` for one row."""
     names = {name: key for key, (name, _) in KEYS.items()}

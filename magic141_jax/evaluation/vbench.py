@@ -116,7 +116,7 @@ def write(
     *,
     options: Mapping[str, Any],
 ) -> Iterator[Path]:
-    """Makes the samples of `about` (`describe`) that `out` lacks, one after the other; yields each path once it is there.
+    """Makes the samples of `about` (`describe`) that `out` lacks, one after the other; yields each path.
 
     Raises:
       UserError: `out` holds samples that were made otherwise, or other files; a picture can't be read.
