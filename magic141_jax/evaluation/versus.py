@@ -158,7 +158,7 @@ def certain(rows: Mapping[str, Any], split: str) -> list[str]:
                 unit = column.against.unit
                 shown = "" if not sign else f" ({standing.written(value, column.against.form)} {unit})"
                 told[words].append(f"{column.label.split(' / ')[0]}{shown}")
-            parts = "; ".join(f"**{words}**: {', '.join(names)}" for words, names in told.items() if names)
+            parts = ". ".join(f"**{words}**: {'; '.join(names)}" for words, names in told.items() if names)
             lines.append(f"{standing.KINDS[kind]}, {label} against {first}: {parts or 'nothing measured by caption'}")
     return lines
 
