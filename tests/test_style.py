@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NAME = "magic141_jax"
 RANKS = {
-    **dict.fromkeys(["errors", "settings", "shapes", "pytree", "command_line", "flops"], 0),
+    **dict.fromkeys(["errors", "embedded", "settings", "shapes", "pytree", "command_line", "flops"], 0),
     **dict.fromkeys(["weights", "sharding", "processes", "diffusion", "data"], 1),
     "models": 2,
     **dict.fromkeys(["train", "convert", "sparsity", "quantize"], 3),

@@ -26,9 +26,10 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageSequence
 
+from magic141_jax import embedded
 from magic141_jax.errors import UserError, nearest
 
-DEFAULT_PACK = Path(__file__).parents[2] / "datasets" / "emoji" / "emoji.zip"
+DEFAULT_PACK = embedded.ROOT / "datasets" / "emoji" / "emoji.zip"
 TRIPLE_FOLD = 11
 POSTER_STARTS = 0.4  # share of videos that start from a poster, as a first window does
 CANVAS = 64  # sizes and speeds below are in pixels of a 64-pixel frame and scale with the frame

@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from magic141_jax import settings, sharding, weights
+from magic141_jax import embedded, settings, sharding, weights
 from magic141_jax.convert import flux_dit, hub, hunyuan_dit, repository
 from magic141_jax.convert import lora as lora_lib
 from magic141_jax.convert.memory import require_memory
@@ -44,7 +44,7 @@ from magic141_jax.pipelines.media import Fit
 from magic141_jax.pytree import Params, cast, flatten, require_match, unflatten
 
 DEFAULT = "default"
-DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "weights" / "emoji64_4step"
+DEFAULT_FOLDER = embedded.ROOT / "weights" / "emoji64_4step"
 TEXT_ENCODERS = {"bert": MiniLMTextEncoder.from_folder}
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_processor")
 CACHE_VARIABLE = "MAGIC141_JAX_CACHE"
