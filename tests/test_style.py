@@ -53,7 +53,7 @@ def sources(*patterns: str) -> list[Source]:
     return [Source(file.relative_to(ROOT), file.read_text()) for file in files]
 
 
-PYTHON = sources("*.py", f"{NAME}/**/*.py", "benchmarks/*.py", "configs/**/*.py", "tests/**/*.py")
+PYTHON = sources("*.py", "docs/*.py", f"{NAME}/**/*.py", "benchmarks/*.py", "configs/**/*.py", "tests/**/*.py")
 DOCUMENTS = sources("*.md", "*.txt", "*.toml", ".ci/*", "docs/**/*.md", "weights/**/*.md", "notebooks/*.ipynb")
 
 

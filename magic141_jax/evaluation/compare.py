@@ -218,7 +218,7 @@ def compare(
     """Measures all rows, seed by seed.
 
     Yields:
-      a seed and its values[label][split][kind][measure], when all rows are measured under it.
+      a seed and its `values[label][split][kind][measure]`, when all rows are measured under it.
     """
     num_frames, side, _ = _shape(loaded[0])
     known = protocol.draw_scenes(pack, "train", REFERENCE, seed=REFERENCE_SEED)
