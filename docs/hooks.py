@@ -195,7 +195,7 @@ def _told(cls: griffe.Class) -> tuple[str, dict[str, str]]:
     text, _, listed = (cls.docstring.value if cls.docstring else "").partition("\nAttributes:\n")
     told: dict[str, str] = {}
     for names, line in re.findall(r"^  (\w[\w, ]*): (.*(?:\n    .*)*)", listed, re.MULTILINE):
-        told |= dict.fromkeys(re.split(r",\s*", names), line)
+        told |= {str(name): str(line) for name in re.split(r",\s*", names)}
     return text.strip(), told
 
 

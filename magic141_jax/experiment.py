@@ -430,7 +430,7 @@ class Experiment:
         """Adds what an export has from `base`: other components, sampling settings."""
         borrow = self.config.borrow
         folder.mkdir(parents=True, exist_ok=True)
-        index = {"base": base.name} if borrow else {}
+        index = {"base": base.name} if borrow and base is not None else {}
         if base is not None and not borrow:
             new = (folder / "transformer").exists()
             for name in weights.COMPONENTS:

@@ -199,7 +199,7 @@ def _held(network: Network, kernels: str) -> Network:
         raise UserError(f"--kernels is {kernels!r}; write a form such as int4, or 2:4 int8")
     main = plan.named(name)
     if keep:
-        main = dataclasses.replace(main, keep=tuple(map(int, keep[0].groups())))
+        main = dataclasses.replace(main, keep=tuple(map(int, pattern[0].split(":"))))
     rest = main if main.values not in stored.QUANTIZED else plan.named("int8")
     shapes = {path: x for path, x in flatten(network.abstract_params).items() if path.endswith(stored.KERNEL)}
     return stored.stored(network, plan.plan(shapes, main, dataclasses.replace(rest, keep=None), pack=False))

@@ -249,7 +249,7 @@ def draw_scene(
         )
         return dataclasses.replace(base, motion=motion, centre=centre)
     centre = (float(rng.integers(CANVAS)), float(rng.integers(CANVAS)))
-    size, phase = float(rng.integers(SIZES[0], SIZES[1] + 1)), int(rng.integers(24))
+    size, phase = float(rng.integers(int(SIZES[0]), int(SIZES[1]) + 1)), int(rng.integers(24))
     look = int(rng.integers(LOOKS)) if rng.random() < LOOK_SHARE else 0
     return Scene(subject, colour, motion, centre, size, phase, look)
 

@@ -253,7 +253,7 @@ class Stream(nnx.Module):
         """The shifts, scales and gates of this stream: (b, 1, d) each, or (b, j, d) where `known` (b, j) is given."""
 
         def parts(vector: Array) -> list[Array]:
-            return jnp.split(self.modulation(vector)[:, None], self.modulation.bias.shape[-1] // self.config.width, -1)
+            return jnp.split(self.modulation(vector)[:, None], self.modulation.bias.shape[-1] // self.config.width, -1)  # pyright: ignore[reportOptionalMemberAccess]
 
         if known is None:
             return parts(context.vector)
@@ -411,7 +411,7 @@ def _scan(
     def body(carry: tuple[Any, Any], layer: tuple[Any, Any]) -> tuple[tuple[Any, Any], Any]:
         (x, features), (weights, slot) = carry, layer
         x = block(x, weights)
-        if features is not None:
+        if kept is not None:
             features = features.at[slot].set(kept.video(x), mode="drop", unique_indices=True)
         return (x, features), x if collect else None
 

@@ -352,7 +352,7 @@ def enable_compilation_cache() -> None:
     A cache folder that was already chosen (jax_compilation_cache_dir) stays. Without a writable folder there is a
     warning and no cache. An empty $MAGIC141_JAX_CACHE switches the cache off.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen == "":

@@ -89,7 +89,7 @@ def pieces(pipeline: TextToVideoPipeline, prompt: str, given: Mapping[str, Any])
 
 def first_picture(pipeline: TextToVideoPipeline, options: SamplingOptions) -> np.ndarray:
     """Noise (1, y, x, 3) in the place of a first image: speed doesn't depend on what it shows."""
-    return np.random.default_rng(0).random((1, options.height, options.width, 3), np.float32)
+    return np.random.default_rng(0).random((1, options.height, options.width, 3), np.float32)  # pyright: ignore[reportCallIssue]
 
 
 def still_options(given: Mapping[str, Any]) -> dict[str, Any]:
