@@ -32,6 +32,9 @@ SCRIPTS = {"magic141-sample": "sample.py", "magic141-train": "train.py"}
 NOT_OURS = {"export", "ruff", "basedpyright", "mkdocs", "pytest"}
 OURS = re.compile(r"(?:configs|weights|tests|benchmarks|datasets)/[\w./-]+|(?:requirements[\w-]*\.txt)")
 
+# The command of magic141_jax.data is a module of the experiment too.
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+
 
 def commands(text):
     """The simple commands of shell text as lists of words; variables of loops have their first value."""
