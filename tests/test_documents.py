@@ -27,7 +27,7 @@ from magic141_jax.pipelines.options import SamplingOptions
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("weights/*/README.md")]
 BLOCK = re.compile(r"((?:^<!--.*?-->\n)?)^```(?:sh|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COMMENT = re.compile(r"""(?<!\S)#[^"']*$""")
+COMMENT = re.compile(r"""^((?:[^"'#]|"[^"]*"|'[^']*'|(?<=\S)#)*)(?<!\S)#.*$""")
 SCRIPTS = {"magic141-sample": "sample.py", "magic141-train": "train.py"}
 NOT_OURS = {"export", "ruff", "basedpyright", "mkdocs", "pytest"}
 OURS = re.compile(r"(?:configs|weights|tests|benchmarks|datasets)/[\w./-]+|(?:requirements[\w-]*\.txt)")
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWa
 
 def commands(text):
     """The simple commands of shell text as lists of words; variables of loops have their first value."""
-    plain = "\n".join(COMMENT.sub("", line) for line in text.replace("\\\n", " ").splitlines())
+    plain = "\n".join(COMMENT.sub(r"\1", line) for line in text.replace("\\\n", " ").splitlines())
     lexer = shlex.shlex(plain.replace("\n", " ; "), posix=True, punctuation_chars=";&|")
     lexer.whitespace_split, lexer.commenters = True, ""
     found, values = [[]], {}
@@ -54,7 +54,7 @@ def commands(text):
         elif words and words != ["done"]:
             for name, value in values.items():
                 words = [word.replace(name, value) for word in words]
-            yield words
+            yield [word for word in words if word != "..."]  # what the text before has said
 
 
 def blocks(text):
@@ -172,8 +172,8 @@ def test_wrong_commands_are_found(shell, message, parse):
 
 
 def test_shell_is_read_as_a_shell_reads_it():
-    text = 'a "b c" \\\n  --d=e  # not this; nor that\nfor i in 1 2; do f --g=$i/h; done && j | k\n'
-    assert list(commands(text)) == [["a", "b c", "--d=e"], ["f", "--g=1/h"], ["j"], ["k"]]
+    text = """a "b c" \\\n  --d='#e'  # not this; nor what's here\nfor i in 1 2; do f --g=$i/h; done && j | k\n"""
+    assert list(commands(text)) == [["a", "b c", "--d=#e"], ["f", "--g=1/h"], ["j"], ["k"]]
     marked = "<!-- needs: TPU -->\n```bash\nx\n```\n\n```sh\ny\n```\n"
     assert blocks(marked) == [("<!-- needs: TPU -->", "x\n"), ("", "y\n")]
 

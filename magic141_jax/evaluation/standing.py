@@ -74,7 +74,7 @@ class Column(NamedTuple):
     form: str = "{:.2f}"
     better: int = 1
     relative: bool = False
-    against: Against | None = None
+    against: Any = None  # an `Against`, where there are values by caption
 
 
 TABLE = (
