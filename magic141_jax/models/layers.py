@@ -103,12 +103,12 @@ class Linear(nnx.Module):
 class Embedder(nnx.Module):
     """A two-layer MLP with SiLU between: times, pooled text and guidance enter through one each."""
 
-    def __init__(self, inputs: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, width: int, *, rngs: nnx.Rngs, outputs: int | None = None):
         self.up = Linear(inputs, width, rngs=rngs)
-        self.down = Linear(width, width, rngs=rngs)
+        self.down = Linear(width, width if outputs is None else outputs, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        """x (b, in) -> (b, d)."""
+        """x (b, in) -> (b, d), or (b, outputs)."""
         return self.down(jax.nn.silu(self.up(x)))
 
 

@@ -58,6 +58,8 @@ class MMDiTConfig:
       hold_known: whether unknown frames carry the last known one on the known channels, instead of zeros.
       patch: latent values joined into a token along frames, height and width.
       width: d; normally heads * head_width, though pruned networks may have fewer heads.
+      condition_width: of the vector that modulates the blocks; 0 is d. Few times and prompts need only a part of it
+        (`sparsity.structured.condense`).
       refiner_blocks: blocks of the token refiner; with 0 the text enters through a linear map alone.
       mlp_ratio: MLP width over d.
       rope_axes: head dims rotated by the frame, row and column position; they sum to head_width.
@@ -89,6 +91,7 @@ class MMDiTConfig:
     single_blocks: int = 40
     refiner_blocks: int = 2
     mlp_ratio: float = 4.0
+    condition_width: int = 0
     rope_axes: tuple[int, int, int] = (16, 56, 56)
     rope_theta: float = 256.0
     absolute_positions: bool = False
@@ -122,6 +125,11 @@ class MMDiTConfig:
     def mlp_width(self) -> int:
         """m, the hidden width of the MLPs."""
         return int(self.width * self.mlp_ratio)
+
+    @property
+    def conditions(self) -> int:
+        """How many values modulate the blocks."""
+        return self.condition_width or self.width
 
 
 def hunyuan_13b() -> MMDiTConfig:
@@ -218,7 +226,7 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every block of a forward pass sees: silu(c) (b, d), RoPE tables (1, j, 1, 1, k) and the key mask (b, j).
+    """What every block of a forward pass sees: silu(c) (b, e), RoPE tables (1, j, 1, 1, k) and the key mask (b, j).
 
     `layout` says where the j tokens lie. With known="replace" also silu(c_0) (b, d), and which of the j tokens it is
     for (b, j).
@@ -240,7 +248,7 @@ class Stream(nnx.Module):
         self.config = config
         inner = config.heads * config.head_width
         linear = functools.partial(nn.Linear, layers=layers, rngs=rngs)
-        self.modulation = linear(config.width, modulations * config.width, init=nn.ZEROS)
+        self.modulation = linear(config.conditions, modulations * config.width, init=nn.ZEROS)
         parts = jnp.arange(modulations) % 3 == 2  # (shift, scale, gate), once or twice
         self.modulation.bias[...] += config.gate_start * jnp.repeat(parts, config.width)[None]
         self.qkv = linear(config.width, 3 * inner)
@@ -426,13 +434,14 @@ class MMDiT(nnx.Module):
         self.config = config
         d, patch_values = config.width, config.patch[0] * config.patch[1] * config.patch[2]
         self.patch_in = nn.Linear(patch_values * config.in_channels, d, rngs=rngs)
-        self.time_in = nn.Embedder(config.time_features, d, rngs=rngs)
-        self.pooled_in = nn.Embedder(config.pooled_width, d, rngs=rngs)
-        self.guidance_in = nn.Embedder(config.time_features, d, rngs=rngs) if config.guidance_embedding else None
+        embedder = functools.partial(nn.Embedder, width=d, outputs=config.conditions, rngs=rngs)
+        self.time_in = embedder(config.time_features)
+        self.pooled_in = embedder(config.pooled_width)
+        self.guidance_in = embedder(config.time_features) if config.guidance_embedding else None
         self.text_in = TokenRefiner(config, rngs=rngs)
         self.double_blocks = DoubleBlocks(config, rngs=rngs)
         self.single_blocks = SingleBlocks(config, rngs=rngs)
-        self.modulation_out = nn.Linear(d, 2 * d, rngs=rngs, init=nn.ZEROS)
+        self.modulation_out = nn.Linear(config.conditions, 2 * d, rngs=rngs, init=nn.ZEROS)
         self.patch_out = nn.Linear(d, patch_values * config.out_channels, rngs=rngs, init=nn.ZEROS)
 
     def __call__(
@@ -517,7 +526,7 @@ class MMDiT(nnx.Module):
             return joint, last
         return joint, {"double_blocks.video": first[0], "double_blocks.text": first[1], "single_blocks": last}
 
-    def _condition(self, features: Array, pooled: Array, guidance: Array | None = None) -> Float[Array, "b d"]:
+    def _condition(self, features: Array, pooled: Array, guidance: Array | None = None) -> Float[Array, "b condition"]:
         """The vector that modulates every block, in float32: it is cheap and everything hangs on it."""
         condition = self.time_in(features) + self.pooled_in(pooled.astype(jnp.float32))
         if guidance is not None:
