@@ -256,7 +256,7 @@ def compare(
       show: is shown (seed, split, label, true clips, what the row made of them).
 
     Yields:
-      a seed and its values[label][split][kind][measure], when all rows are measured under it.
+      a seed and its `values[label][split][kind][measure]`, when all rows are measured under it.
     """
     num_frames, side, _ = _shape(loaded[0])
     known = protocol.draw_scenes(pack, "train", REFERENCE, seed=REFERENCE_SEED)
@@ -365,8 +365,8 @@ def evaluations(options: SamplingOptions, config: MMDiTConfig) -> int:
     network is told its scale.
     """
     steps = options.num_inference_steps
-    walked = 2 * steps - 1 if options.sampler == "heun" else steps  # Heun's last step is an Euler step
-    return walked * (1 if options.guidance_scale == 1 or config.guidance_embedding else 2)
+    walked = 2 * steps - 1 if options.sampler == "heun" else steps  # Heun's last step is an Euler step  # pyright: ignore[reportOperatorIssue]
+    return walked * (1 if options.guidance_scale == 1 or config.guidance_embedding else 2)  # pyright: ignore[reportOperatorIssue]
 
 
 def megabytes(row: Loaded) -> float:

@@ -62,7 +62,7 @@ def resume(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> dic
 
 
 def add(record: Mapping[str, Any], seed: int, values: Mapping[str, Any], *, seconds: float) -> dict[str, Any]:
-    """The record with one more seed: its values[label][split] as `compare.compare` yields them, and how long it took.
+    """The record with one more seed: its `values[label][split]` as `compare.compare` yields them, and how long it took.
 
     Date, device and versions are those of this moment and process.
     """

@@ -74,7 +74,7 @@ class Column(NamedTuple):
     form: str = "{:.2f}"
     better: int = 1
     relative: bool = False
-    against: Against | None = None
+    against: Any = None  # an `Against`, where there are values by caption
 
 
 TABLE = (
@@ -217,7 +217,7 @@ def paired_lines(rows: Mapping[str, Any], split: str, kind: str) -> list[str]:
             value = of.get(column.measure)
             text = "–" if value is None else written(value, column.against.form)
             sure = value is not None and value.low < value.high  # no pair that differs is no certainty
-            safe = sure and value.low >= least.get(column.measure, math.inf) - ROUNDING
+            safe = value is not None and sure and value.low >= least.get(column.measure, math.inf) - ROUNDING
             cells.append(f"**{text}**" if safe else text)
         lines.append([label, *cells])
     return ["", f"Paired with {next(iter(rows))}, {several}, 95 % intervals:", "", markdown(head, lines)]

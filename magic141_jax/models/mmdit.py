@@ -58,8 +58,7 @@ class MMDiTConfig:
       hold_known: whether unknown frames carry the last known one on the known channels, instead of zeros.
       patch: latent values joined into a token along frames, height and width.
       width: d; normally heads * head_width, though pruned networks may have fewer heads.
-      condition_width: of the vector that modulates the blocks; 0 is d. Few times and prompts need only a part of it
-        (`sparsity.structured.condense`).
+      condition_width: of the vector that modulates the blocks (`sparsity.structured.condense`); 0 is d.
       refiner_blocks: blocks of the token refiner; with 0 the text enters through a linear map alone.
       mlp_ratio: MLP width over d.
       rope_axes: head dims rotated by the frame, row and column position; they sum to head_width.
@@ -215,14 +214,6 @@ SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"modulation_out\.kernel", ("fsdp", "tensor")),
 )
 
-REMAT: dict[str, Callable[[Callable], Callable]] = {
-    "none": lambda body: body,
-    "full": functools.partial(jax.checkpoint, prevent_cse=False),
-    "dots": functools.partial(
-        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    ),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -261,7 +252,7 @@ class Stream(nnx.Module):
         """The shifts, scales and gates of this stream: (b, 1, d) each, or (b, j, d) where `known` (b, j) is given."""
 
         def parts(vector: Array) -> list[Array]:
-            return jnp.split(self.modulation(vector)[:, None], self.modulation.bias.shape[-1] // self.config.width, -1)
+            return jnp.split(self.modulation(vector)[:, None], self.modulation.bias.shape[-1] // self.config.width, -1)  # pyright: ignore[reportOptionalMemberAccess]
 
         if known is None:
             return parts(context.vector)
@@ -413,13 +404,13 @@ def _scan(
     def one(carry: Any, weights: nnx.State) -> Any:
         return run(nnx.merge(graphdef, weights), jax.tree.map(hold, carry))
 
-    block = REMAT[remat](one)
+    block = nn.REMAT[remat](one)
     features, slots = (None, None) if kept is None else (kept.features, kept.slots)
 
     def body(carry: tuple[Any, Any], layer: tuple[Any, Any]) -> tuple[tuple[Any, Any], Any]:
         (x, features), (weights, slot) = carry, layer
         x = block(x, weights)
-        if features is not None:
+        if kept is not None:
             features = features.at[slot].set(kept.video(x), mode="drop", unique_indices=True)
         return (x, features), x if collect else None
 
