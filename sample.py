@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import json
 import sys
 import time
 import warnings
@@ -24,12 +22,10 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-import magic141_jax
 from magic141_jax import processes
 from magic141_jax.errors import UserError, nearest, run_entry_point
-from magic141_jax.pipelines import media
-from magic141_jax.pipelines.components import DEFAULT
-from magic141_jax.pipelines.long_video import stream_video
+from magic141_jax.pipelines import media, provenance
+from magic141_jax.pipelines.components import DEFAULT, default_dtype
 from magic141_jax.pipelines.options import resolve
 from magic141_jax.pipelines.schedule import opening, read_schedule
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
@@ -39,10 +35,6 @@ MAX_SECONDS = 3600.0
 MAX_VIDEOS = 10_000
 MAX_UPSCALED_SIDE = 8192
 WATCHABLE_SIDE = 256
-IN_METADATA = (
-    *("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift", "sampler"),
-    *("overlap_latents", "history_noise", "match_colors", "carry", "blend", "anchor", "refine"),
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,18 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with one_line_warnings():
         image = None if args.image is None else media.read_image(args.image)
         mesh = None if args.mesh is None else make_mesh(args.mesh)
+        loading = {name: getattr(args, name) for name in provenance.LOADING} | {"dtype": args.dtype or default_dtype()}
         pipeline = TextToVideoPipeline.from_pretrained(
-            args.weights,
-            image_weights=args.image_weights,
-            dtype=args.dtype,
-            revision=args.revision,
-            mesh=mesh,
-            lora=args.lora,
-            lora_scale=args.lora_scale,
-            offload=args.offload,
-            text_cache=args.text_cache,
-            vae_tiles=args.vae_tiles,
+            loading.pop("weights"), mesh=mesh, text_cache=args.text_cache, **loading
         )
+        loading |= {"weights": args.weights, "mesh": None if mesh is None else dict(mesh.shape)}
         options = sampling_options(args)
         resolved = resolve(options, pipeline.components)
         args.upscale = upscale_factor(args.upscale, resolved.height, resolved.width)
@@ -84,9 +69,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         start = time.perf_counter()
         with tqdm(total=frames * args.num_videos, unit="frame", disable=None if processes.leads() else True) as bar:
             for i, path in enumerate(output_paths(args.output, args.num_videos)):
-                seed = options["seed"] + i
-                about = describe(args, pipeline, {**options, "seed": seed}, frames)
-                make_video(args, pipeline, {**options, "seed": seed}, image=image, path=path, about=about, bar=bar)
+                about = provenance.describe(
+                    pipeline,
+                    args.prompt,
+                    {**options, "seed": options["seed"] + i},
+                    schedule=args.schedule,
+                    frames=frames,
+                    upscale=args.upscale,
+                    loading=loading,
+                    image=args.image,
+                )
+                made = provenance.make(pipeline, about, path, image=image, progress=shown_on(bar))
+                if made:
+                    bar.write(f"wrote {', '.join(map(str, made))}", file=sys.stdout)
     if processes.leads():
         seconds = frames / fps * args.num_videos
         print(timing_line(pipeline.engine.seconds, time.perf_counter() - start, seconds))
@@ -183,60 +178,14 @@ def output_paths(output: Path, count: int) -> list[Path]:
     return [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
 
 
-def describe(args: argparse.Namespace, pipeline: TextToVideoPipeline, options: dict[str, Any], frames: int) -> dict:
-    """What made a video, for its metadata."""
-    components = pipeline.components
-    resolved = dataclasses.asdict(resolve(options, components))
-    return {
-        "prompt": args.prompt,
-        "prompt_schedule": [cue._asdict() for cue in args.schedule],
-        "negative_prompt": args.negative_prompt,
-        "image": args.image.name if args.image else None,
-        "seed": options["seed"],
-        "frames": frames,
-        "fps": components.sampling.fps,
-        "upscale": args.upscale,
-        "options": {name: resolved[name] for name in IN_METADATA},
-        "weights": components.folder.name,
-        "weights_digest": components.digest,
-        "config_digest": components.config_digest,
-        "version": magic141_jax.__version__,
-    }
+def shown_on(bar: tqdm) -> provenance.Progress:
+    """Shows on a bar what is made, and how many frames of it there are."""
 
+    def show(label: str, frames: int) -> None:
+        bar.set_description(label)
+        bar.update(frames)
 
-def make_video(
-    args: argparse.Namespace,
-    pipeline: TextToVideoPipeline,
-    options: dict[str, Any],
-    *,
-    image: Any,
-    path: Path,
-    about: dict[str, Any],
-    bar: tqdm,
-) -> None:
-    """Makes one video and writes its files, all of them or none; processes that do not write compute it only."""
-    still, sidecar = path.with_suffix(".png"), path.with_suffix(".json")
-    bar.set_description("image")
-    told = {"total_frames": about["frames"], "image": image, "schedule": args.schedule}
-    stream = stream_video(pipeline, args.prompt, **told, **options)
-    bar.set_description("video")
-    clip = stream if path != still else ()  # of a png no window is computed, by any process
-    if not processes.leads():
-        for _ in clip:
-            pass
-        return
-    # A dict, because a png output is its own still.
-    targets = dict.fromkeys((path, still, sidecar))
-    with media.staged(*targets) as temporary:
-        names = dict(zip(targets, temporary, strict=True))
-        media.write_image(names[still], stream.image, about, upscale=args.upscale)
-        if path != still:
-            with media.BackgroundWriter(names[path], about["fps"], about, upscale=args.upscale) as writer:
-                for frames in clip:
-                    writer.write(frames)
-                    bar.update(len(frames))
-        names[sidecar].write_text(json.dumps(about, indent=2) + "\n")
-    bar.write(f"wrote {', '.join(map(str, targets))}", file=sys.stdout)
+    return show
 
 
 def timing_line(seconds: dict[str, float], elapsed: float, length: float) -> str:

@@ -142,7 +142,7 @@ def test_no_process_computes_a_video_for_a_png(run, sample, monkeypatch, leads):
 
     still = VideoStream(np.zeros((32, 32, 3), np.float32), windows())
     monkeypatch.setattr(sample.processes, "leads", lambda: leads)
-    monkeypatch.setattr(sample, "stream_video", lambda *_, **__: still)
+    monkeypatch.setattr(sample.provenance, "stream_video", lambda *_, **__: still)
     assert names(run(output="out.png")) == ["out.json", "out.png"] * leads
 
 
