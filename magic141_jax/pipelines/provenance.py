@@ -24,8 +24,7 @@ import jax
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-import magic141_jax
-from magic141_jax import processes, sharding, weights
+from magic141_jax import __version__, processes, sharding, weights
 from magic141_jax.errors import UserError
 from magic141_jax.pipelines import media
 from magic141_jax.pipelines.components import DEFAULT, DEFAULT_FOLDER, find_folder
@@ -99,7 +98,7 @@ def describe(
         "loading": {name: str(x) if isinstance(x, Path) else x for name, x in loading.items()},
         "device": device.device_kind,
         "jax": jax.__version__,
-        "version": magic141_jax.__version__,
+        "version": __version__,
         **({} if image is None else _of_picture(image, pipeline, resolved)),
     }
 
@@ -127,7 +126,7 @@ def read(path: Path) -> dict[str, Any]:
     if about.get("format", 1) > FORMAT:
         raise UserError(
             f"{path} was written by a newer version, {about.get('version')} (format {about['format']}; this is "
-            f"{magic141_jax.__version__}, which reads up to {FORMAT}): update magic141_jax"
+            f"{__version__}, which reads up to {FORMAT}): update magic141_jax"
         )
     missing = [name for name in NEEDED if name not in about]
     if missing:
