@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from magic141_jax import processes
+from magic141_jax.aot import dry, preflight
 from magic141_jax.errors import UserError, nearest, run_entry_point
 from magic141_jax.pipelines import media, provenance
 from magic141_jax.pipelines.components import DEFAULT, default_dtype
@@ -53,10 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         image = None if args.image is None else media.read_image(args.image)
         mesh = None if args.mesh is None else make_mesh(args.mesh)
         loading = {name: getattr(args, name) for name in provenance.LOADING} | {"dtype": args.dtype or default_dtype()}
-        pipeline = TextToVideoPipeline.from_pretrained(
-            loading.pop("weights"), mesh=mesh, text_cache=args.text_cache, **loading
-        )
-        loading |= {"weights": args.weights, "mesh": None if mesh is None else dict(mesh.shape)}
+        opened = {**loading, "mesh": mesh, "text_cache": args.text_cache}
+        if args.preflight:
+            pipeline = dry.pipeline(dry.Book(compiles=False), **opened)
+        else:
+            pipeline = TextToVideoPipeline.from_pretrained(opened.pop("weights"), **opened)
         options = sampling_options(args)
         resolved = resolve(options, pipeline.components)
         args.upscale = upscale_factor(args.upscale, resolved.height, resolved.width)
@@ -66,6 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         frames = window if args.duration is None else max(1, round(args.duration * fps))
         frames = 1 if args.output.suffix.lower() == ".png" else frames
         media.check_output(args.output, frames)
+        if args.preflight:
+            told = {**options, "total_frames": frames, "image": image, "schedule": args.schedule}
+            pixels = frames * args.num_videos * resolved.height * resolved.width * args.upscale**2
+            place = {"pixels": pixels, "place": args.output.parent}
+            report = preflight.sampling(opened, args.prompt, told, videos=args.num_videos, **place)
+            print(report.text())
+            return 0 if report.fits else 1
+        loading["mesh"] = None if mesh is None else dict(mesh.shape)
         start = time.perf_counter()
         with tqdm(total=frames * args.num_videos, unit="frame", disable=None if processes.leads() else True) as bar:
             for i, path in enumerate(output_paths(args.output, args.num_videos)):
@@ -121,6 +131,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("out.mp4"), help=", ".join(media.FORMATS))
     add("--num_videos", type=int, default=1, help="how many; out-0.mp4 and so on if more than 1")
     add("--upscale", type=int, help="enlarges what is written (Lanczos); by default to some 256 pixels, 1 keeps them")
+    add("--preflight", action="store_true", help="only tell what this takes: memory, time, disk; 1 if it can't fit")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]

@@ -52,13 +52,13 @@ def test_a_large_picture_that_is_looked_at_whole_is_found_by_its_hash(described,
     with pytest.raises(UserError, match="not embedded"):
         provenance.picture(about)
     Image.new("RGB", (400, 300)).save(file)
-    with pytest.raises(UserError, match="large.png is not what made it"):
+    with pytest.raises(UserError, match=r"large.png is not what made it"):
         provenance.picture(about)
 
 
 @pytest.mark.parametrize("ending", [".mp4", ".gif", ".webp", ".png"])
 def test_a_large_picture_fits_into_every_format(tmp_path, ending):
-    about = {name: 1 for name in provenance.NEEDED} | {"format": 2, "picture": "ab+/" * (provenance.MAX_PICTURE // 3)}
+    about = dict.fromkeys(provenance.NEEDED, 1) | {"format": 2, "picture": "ab+/" * (provenance.MAX_PICTURE // 3)}
     path = tmp_path / f"out{ending}"
     with media.BackgroundWriter(path, 8, about) as writer:
         writer.write(np.zeros((3, 32, 32, 3), np.float32))
@@ -67,7 +67,7 @@ def test_a_large_picture_fits_into_every_format(tmp_path, ending):
 
 def test_metadata_of_the_first_format_are_read(tmp_path):
     path = tmp_path / "out.json"
-    path.write_text(json.dumps({name: 1 for name in provenance.NEEDED}))
+    path.write_text(json.dumps(dict.fromkeys(provenance.NEEDED, 1)))
     assert "format" not in provenance.read(path)
 
 
