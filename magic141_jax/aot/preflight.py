@@ -291,20 +291,28 @@ def _compute_dtype(experiment: Experiment) -> Any:
 
 
 def _training_remedies(report: Report, experiment: Experiment) -> Iterator[str]:
-    """The flags of train.py with which it would fit; what a step needs besides is taken to go with its batch."""
+    """The flags of train.py with which it would fit.
+
+    Of what a step needs besides, gradients stay, twice where they are summed; the rest is taken to go with the batch.
+    """
     config, held, free = experiment.config, sum(report.held.values()), report.free
-    batch = [size for size in (config.data.image_batch, config.data.video_batch) if size]
-    done = config.train.accumulate
-    if report.temporaries is not None and held < free:
-        ways = 2 ** math.ceil(math.log2(report.temporaries / (free - held)))
-        if all(size % (done * ways) == 0 and size // (done * ways) >= experiment.mesh.size for size in batch):
-            yield f"--config.train.accumulate={done * ways}"
-        names = [name for name in ("image_batch", "video_batch") if getattr(config.data, name) >= ways]
-        smaller = " ".join(f"--config.data.{name}={getattr(config.data, name) // ways}" for name in names)
-        if smaller:
-            yield smaller
-    if config.model.get("remat") == "none" and held < free:
-        yield "--config.model.remat=full (less memory besides what is held, a third more time)"
+    if report.temporaries is not None:
+        gradients = _bytes(experiment.abstract_state.params)
+        rest, done = max(report.temporaries - gradients, 1), config.train.accumulate
+        sizes = {name: getattr(config.data, name) for name in ("image_batch", "video_batch")}
+        sizes = {name: size for name, size in sizes.items() if size}
+        for copies in (2, 1):
+            room = free - held - copies * gradients
+            ways = 2 ** max(1, math.ceil(math.log2(rest / room))) if room > 0 else math.inf
+            least = experiment.mesh.size * ways * done
+            if any(size < least or size % least for size in sizes.values()):
+                continue
+            if copies == 2:
+                yield f"--config.train.accumulate={done * ways}"
+            else:
+                yield " ".join(f"--config.data.{name}={size // ways}" for name, size in sizes.items())
+        if config.model.get("remat") == "none":
+            yield "--config.model.remat=full (less beside what is held, for a third more time)"
     if report.devices[0].platform != "cpu":
-        ways = math.ceil(report.needed / free)
-        yield f"{len(report.devices) * ways} devices or more, --config.mesh.fsdp={len(report.devices) * ways}"
+        count = len(report.devices) * math.ceil(report.needed / free)
+        yield f"{count} devices or more, --config.mesh.fsdp={count}"
