@@ -2,8 +2,9 @@
 
 Nothing is read but configs and one record of each size, and nothing is written. Parameters are counted by their
 shapes, what a program needs besides is the compiler's own account of it, and it is compiled only where the parameters
-fit. Time is the operations of all that is run over the rate at which the devices multiply matrices, measured for a
-moment: at best, and at worst `SLOWER` times as long. Compiling, reading and writing come on top.
+fit. On a CPU this process counts too, which by then has compiled what the run compiles. Time is the operations of all
+that is run over the rate at which the devices multiply matrices, measured for a moment: at best, and at worst `SLOWER`
+times as long. Compiling, reading and writing come on top.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def sampling(
     dtype = jnp.dtype(loading.get("dtype") or default_dtype())
     report = Report(
         devices=devices,
-        held=held,
+        held=held | _process(devices),
         temporaries=book.temporaries,
         free=free,
         programs=len(book.programs),
@@ -151,6 +152,12 @@ def sampling(
     if not report.fits and report.needed > (free or 0):
         report.remedies = list(_sampling_remedies(loading, prompt, told, free))
     return report
+
+
+def _process(devices: Sequence[jax.Device]) -> dict[str, int]:
+    """This process among what is held, where it counts."""
+    size = here.process_memory(devices)
+    return {"the process and its compiler": size} if size else {}
 
 
 def _walk(
@@ -184,7 +191,8 @@ def _sampling_remedies(loading: Mapping[str, Any], prompt: str, told: Mapping[st
         for flags in itertools.combinations(smaller, size):
             changed = {**loading, **{k: v for flag in flags for k, v in smaller[flag].items()}}
             book, held = _walk(changed, prompt, told, free)
-            if book.compiles and sum(held.values()) + (book.temporaries or 0) <= free:
+            needed = sum(held.values()) + (book.temporaries or 0) + here.process_memory(jax.local_devices()[:1])
+            if book.compiles and needed <= free:
                 yield " ".join(flags)
                 return
 
@@ -224,7 +232,7 @@ def training(values: Mapping[str, Any], workdir: Path) -> Report:
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
     report = Report(
         devices=devices,
-        held=held,
+        held=held | _process(devices),
         temporaries=temporaries,
         free=free,
         programs=len(traced) * len(batches) + 1,  # and the one that draws the first state

@@ -19,6 +19,13 @@ def test_a_device_that_does_not_say_is_not_guessed(monkeypatch):
     assert here.free_memory(jax.devices()) is None
 
 
+def test_the_process_counts_where_it_shares_memory_with_the_device(monkeypatch):
+    one, all_of_them = here.process_memory(jax.devices()[:1]), here.process_memory(jax.devices())
+    assert 50e6 < one < memory_free(jax.devices()[0]) * 100 and all_of_them == pytest.approx(one / 8, rel=0.1)
+    monkeypatch.setattr(here.Path, "read_text", lambda path: "Name:\tpython\n")
+    assert here.process_memory(jax.devices()) == 0
+
+
 def test_the_rate_is_measured(monkeypatch):
     monkeypatch.setitem(here.SIDES, "cpu", 256)
     monkeypatch.setattr(here, "SECONDS", 0.05)

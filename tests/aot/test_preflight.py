@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @pytest.fixture(autouse=True)
 def quick_rate(monkeypatch):
     monkeypatch.setattr(here, "SECONDS", 0.01)
+    monkeypatch.setattr(here, "process_memory", lambda devices: 0)
     monkeypatch.setitem(here.SIDES, "cpu", 64)
 
 
@@ -101,6 +102,7 @@ def wide(quick_compilation):
     values = config(data=WIDE)
     with pytest.MonkeyPatch.context() as patch:
         whole = Experiment.from_config.__func__
+        patch.setattr(here, "process_memory", lambda devices: 0)
         patch.setattr(Experiment, "from_config", classmethod(lambda cls, *a, **k: whole(cls, *a, **k, devices=one)))
         return preflight.training(values, Path("nowhere")), Experiment.from_config(values, Path("nowhere"))
 
