@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -6,6 +7,7 @@ from PIL import Image
 
 from magic141_jax.errors import UserError
 from magic141_jax.pipelines import media, provenance
+from magic141_jax.pipelines.options import SamplingOptions
 
 LOADING = {"weights": "tiny", "dtype": "float32"}
 
@@ -22,6 +24,9 @@ def described(pipeline):
 
 
 def test_every_option_has_its_value(described):
+    # What else there is stands by itself, or can't be asked of sample.py.
+    apart = {"negative_prompt", "seed", "latents", "output_type", "callback"}
+    assert {field.name for field in dataclasses.fields(SamplingOptions)} == {*provenance.OPTIONS, *apart}
     about = described()
     assert set(about["options"]) == set(provenance.OPTIONS) and None not in about["options"].values()
     assert about["options"]["shift"] == 3.0 and about["format"] == provenance.FORMAT
