@@ -245,7 +245,7 @@ def training(values: Mapping[str, Any], workdir: Path) -> Report:
     if config.train.sample_every or config.watch.every:
         report.notes.append("samples and the watch's looks come on top: programs, time and memory of their own")
     if free is not None and report.needed > free:
-        report.remedies = list(_training_remedies(report, experiment))
+        report.remedies = list(_training_remedies(report, experiment, free))
     return report
 
 
@@ -298,12 +298,12 @@ def _compute_dtype(experiment: Experiment) -> Any:
     return jnp.dtype(experiment.config.model.get("compute_dtype", "float32"))
 
 
-def _training_remedies(report: Report, experiment: Experiment) -> Iterator[str]:
+def _training_remedies(report: Report, experiment: Experiment, free: int) -> Iterator[str]:
     """The flags of train.py with which it would fit.
 
     Of what a step needs besides, gradients stay, twice where they are summed; the rest is taken to go with the batch.
     """
-    config, held, free = experiment.config, sum(report.held.values()), report.free
+    config, held = experiment.config, sum(report.held.values())
     if report.temporaries is not None:
         gradients = _bytes(experiment.abstract_state.params)
         rest, done = max(report.temporaries - gradients, 1), config.train.accumulate

@@ -240,7 +240,7 @@ def _config(folder: Path) -> Any:
     """The config of a component's network; None where there is no such component."""
     if not folder.is_dir():
         return None
-    mapping = weights.read_json(folder / "config.json")
+    mapping = weights.read_config(folder / "config.json")
     if repository.is_published(mapping):
         return repository.open_component(folder).network.config
     fields = {name: value for name, value in mapping.items() if name not in ("model", stored.KEY)}

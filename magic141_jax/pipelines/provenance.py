@@ -255,8 +255,7 @@ def compare(one: Path, other: Path) -> tuple[int, Difference | None]:
     first, differing, largest, count = -1, 0, 0, 0
     for number, (a, b) in enumerate(itertools.zip_longest(media.read_frames(one), media.read_frames(other))):
         count += a is not None
-        same_kind = a is not None and b is not None and a.shape == b.shape
-        distance = int(np.abs(a.astype(int) - b).max()) if same_kind else 255
+        distance = 255 if a is None or b is None or a.shape != b.shape else int(np.abs(a.astype(int) - b).max())
         if distance:
             first = number if first < 0 else first
             differing, largest = differing + 1, max(largest, distance)

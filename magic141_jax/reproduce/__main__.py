@@ -29,9 +29,8 @@ DIFFERS = 1  # the exit code
 
 
 def _parser() -> OneLineParser:
-    parser = OneLineParser(
-        prog="python -m magic141_jax.reproduce", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    about = (__doc__ or "").partition("\n")[0]
+    parser = OneLineParser(prog="python -m magic141_jax.reproduce", description=about, allow_abbrev=False)
     add = parser.add_argument
     add("file", metavar="FILE", type=Path, help="made by sample.py, or its .json")
     add("--check", action="store_true", help="compare the frames with FILE's; nothing is kept unless --output is given")

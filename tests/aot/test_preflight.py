@@ -127,7 +127,7 @@ def test_training_says_what_would_fit(wide, train_report, memory):
     report, experiment = wide
     held, gradients = sum(report.held.values()), preflight._bytes(experiment.abstract_state.params)
     short = dataclasses.replace(report, free=held + 2 * gradients + (report.temporaries - gradients + 1) // 2)
-    accumulate, smaller, remat = preflight._training_remedies(short, experiment)
+    accumulate, smaller, remat = preflight._training_remedies(short, experiment, short.free)
     assert accumulate == "--config.train.accumulate=2" and smaller == "--config.data.video_batch=4"
     assert remat.startswith("--config.model.remat=full")
     assert not short.fits
