@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import sys
 import time
@@ -24,25 +23,18 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-import magic141_jax
 from magic141_jax import processes
 from magic141_jax.errors import UserError, nearest, run_entry_point
 from magic141_jax.pipelines import media
 from magic141_jax.pipelines.components import DEFAULT
 from magic141_jax.pipelines.long_video import stream_video
-from magic141_jax.pipelines.options import resolve
+from magic141_jax.pipelines.options import describe, resolve
 from magic141_jax.pipelines.schedule import opening, read_schedule
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 from magic141_jax.sharding import AXES, make_mesh, parse_mesh
 
 MAX_SECONDS = 3600.0
 MAX_VIDEOS = 10_000
-MAX_UPSCALED_SIDE = 8192
-WATCHABLE_SIDE = 256
-IN_METADATA = (
-    *("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift", "sampler"),
-    *("overlap_latents", "history_noise", "match_colors", "carry", "blend", "anchor", "refine"),
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         options = sampling_options(args)
         resolved = resolve(options, pipeline.components)
-        args.upscale = upscale_factor(args.upscale, resolved.height, resolved.width)
+        args.upscale = media.upscale_factor(args.upscale, resolved.height, resolved.width)
         sampling = pipeline.components.sampling
         fps = sampling.fps
         window = max(resolved.num_frames - sampling.dropped_frames, 1)
@@ -85,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tqdm(total=frames * args.num_videos, unit="frame", disable=None if processes.leads() else True) as bar:
             for i, path in enumerate(output_paths(args.output, args.num_videos)):
                 seed = options["seed"] + i
-                about = describe(args, pipeline, {**options, "seed": seed}, frames)
-                make_video(args, pipeline, {**options, "seed": seed}, image=image, path=path, about=about, bar=bar)
+                told = about(args, pipeline, {**options, "seed": seed}, frames)
+                make_video(args, pipeline, {**options, "seed": seed}, image=image, path=path, about=told, bar=bar)
     if processes.leads():
         seconds = frames / fps * args.num_videos
         print(timing_line(pipeline.engine.seconds, time.perf_counter() - start, seconds))
@@ -168,40 +160,22 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def upscale_factor(upscale: int | None, height: int, width: int) -> int:
-    """The factor asked for, or one that makes small frames watchable; raises `UserError` unless its size is sane."""
-    most = MAX_UPSCALED_SIDE // max(height, width)
-    if upscale is None:
-        return max(1, WATCHABLE_SIDE // max(height, width))
-    if not 1 <= upscale <= most:
-        raise UserError(f"--upscale is {upscale}; for {width}x{height} it must be from 1 to {most}")
-    return upscale
-
-
 def output_paths(output: Path, count: int) -> list[Path]:
     """The output itself, or for several videos its name numbered."""
     return [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
 
 
-def describe(args: argparse.Namespace, pipeline: TextToVideoPipeline, options: dict[str, Any], frames: int) -> dict:
+def about(args: argparse.Namespace, pipeline: TextToVideoPipeline, options: dict[str, Any], frames: int) -> dict:
     """What made a video, for its metadata."""
-    components = pipeline.components
-    resolved = dataclasses.asdict(resolve(options, components))
-    return {
+    told = {
         "prompt": args.prompt,
         "prompt_schedule": [cue._asdict() for cue in args.schedule],
         "negative_prompt": args.negative_prompt,
         "image": args.image.name if args.image else None,
-        "seed": options["seed"],
         "frames": frames,
-        "fps": components.sampling.fps,
         "upscale": args.upscale,
-        "options": {name: resolved[name] for name in IN_METADATA},
-        "weights": components.folder.name,
-        "weights_digest": components.digest,
-        "config_digest": components.config_digest,
-        "version": magic141_jax.__version__,
     }
+    return told | describe(resolve(options, pipeline.components), pipeline.components)
 
 
 def make_video(
