@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600, 1800)
 
@@ -13,6 +13,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         own = {"registry": self.registry}
+        ProcessCollector(**own)  # memory, open files
         self.jobs = Counter("magic141_jobs", "Jobs by what became of them", ["outcome"], **own)
         self.queued = Gauge("magic141_queue_length", "Jobs that wait", **own)
         self.running = Gauge("magic141_jobs_running", "Jobs that are being made: 0 or 1", **own)
