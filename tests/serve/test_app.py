@@ -220,8 +220,8 @@ def test_pictures_that_are_refused(server, picture, status, message):
 def test_an_upload_without_a_length_is_cut_off(server):
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
-        head = "POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
-        connection.sendall(head.encode())
+        head = ["POST /v1/videos HTTP/1.1", "Host: x", "Content-Type: application/json", "Transfer-Encoding: chunked"]
+        connection.sendall("\r\n".join([*head, "", ""]).encode())
         try:
             for _ in range(2000):
                 connection.sendall(b"10000\r\n" + b" " * 65536 + b"\r\n")
