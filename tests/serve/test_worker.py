@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import time
 
 import numpy as np
@@ -23,13 +24,16 @@ class Device:
     def __init__(self):
         self.windows, self.failing = 10**6, {}
 
+    def lets(self, number, prompt):
+        return self.windows > number or prompt == "a"
+
     def stream(self, pipeline, prompt, *, total_frames, **options):
         if prompt in self.failing:
             raise self.failing[prompt]
 
         def frames():
             for number in range(total_frames):
-                wait(lambda: self.windows > number or prompt == "a")
+                wait(functools.partial(self.lets, number, prompt))
                 time.sleep(0.005)
                 yield np.full((1, 32, 32, 3), 0.5, np.float32)
 
