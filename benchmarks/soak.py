@@ -17,15 +17,19 @@ import json
 import random
 import re
 import statistics
+import sys
 import tempfile
 import threading
 import time
 import urllib.request
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import openai
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from magic141_jax.pipelines.media import read_metadata
 
@@ -146,6 +150,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--minutes", type=float, default=10.0)
     args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # of OpenAI's own service
     report = soak(args.url, clients=args.clients, seconds=60 * args.minutes)
     print(json.dumps(report))
     return 1 if report["lost"] or report["wrong"] or report.get("failed") else 0
