@@ -28,8 +28,9 @@ FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # gra
 SCHEDULE_HELP = "a line each, such as: 4.5 a bus moves right on a red background"
 
 
-def mount(app: FastAPI, worker: Worker, *, password: str | None = None) -> FastAPI:
-    """Puts the page at the root of the server's application; with a password, any user name will do with it."""
+def mount(app: FastAPI, worker: Worker) -> FastAPI:
+    """Puts the page at the root of the server's application; its API key is the page's password, for any user name."""
+    password = app.state.api_key
 
     def authorize(_: str, given: str) -> bool:
         return hmac.compare_digest(given.encode(), (password or "").encode())

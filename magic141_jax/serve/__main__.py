@@ -6,18 +6,12 @@ curl -F prompt="a shark moves left on a yellow background" http://127.0.0.1:8000
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
 from magic141_jax.errors import requirements, run_entry_point
 
 with requirements("requirements-serve.txt"):
     from magic141_jax.serve import launch
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until a signal; raises `UserError` for what the user can mend."""
-    return launch.run(launch.parse("python -m magic141_jax.serve", __doc__.splitlines()[0], argv))
-
-
 if __name__ == "__main__":
-    run_entry_point(main)
+    run_entry_point(functools.partial(launch.main, "python -m magic141_jax.serve", __doc__))

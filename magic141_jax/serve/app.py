@@ -84,6 +84,7 @@ async def create(request: Request, worker: Served) -> dict[str, Any]:
 @api.get("/videos")
 def index(
     worker: Served,
+    *,
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",

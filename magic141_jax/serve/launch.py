@@ -32,7 +32,12 @@ CLOSING_SECONDS = 5  # for requests that are being answered when the process is 
 LOG = logging.getLogger(__name__)
 
 
-def parse(prog: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
+def main(prog: str, doc: str, extend: Callable[[FastAPI, Worker], FastAPI] = lambda app, _: app) -> int:
+    """Runs the command line of an entry point: its name, its docstring, and what it adds to the application."""
+    return run(parse(prog, doc.splitlines()[0]), extend)
+
+
+def parse(prog: str, description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the flags; raises `UserError`."""
     parser = OneLineParser(prog=prog, description=description, allow_abbrev=False)
     add = parser.add_argument
@@ -68,7 +73,7 @@ def parse(prog: str, description: str, argv: Sequence[str] | None) -> argparse.N
     return args
 
 
-def run(args: argparse.Namespace, extend: Callable[[FastAPI, Worker], FastAPI] = lambda app, _: app) -> int:
+def run(args: argparse.Namespace, extend: Callable[[FastAPI, Worker], FastAPI]) -> int:
     """Serves until a signal; `extend` may add to the application. Raises `UserError` for what the user can mend."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)

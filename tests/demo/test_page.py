@@ -9,11 +9,16 @@ import urllib.request
 import gradio as gr
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image
 
 from magic141_jax.demo import page
 from magic141_jax.errors import UserError
 from magic141_jax.pipelines import media
+from magic141_jax.serve.app import make_app
+from magic141_jax.serve.buckets import Limits, make_catalog
+from magic141_jax.serve.jobs import Folder
+from magic141_jax.serve.worker import Worker
 
 webdriver = pytest.importorskip("selenium.webdriver")
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -122,6 +127,18 @@ def test_the_page(start_server, browser, tmp_path):
     browser.get("about:blank")
     shown.wait(stopped)
     assert len(list((state / "jobs").iterdir())) == 1, "a page that goes takes its job along"
+
+
+def test_a_password(pipeline, tmp_path):
+    folder = Folder(tmp_path / "state")
+    worker = Worker(pipeline, make_catalog(pipeline.components, limits=Limits()), folder)
+    client = TestClient(page.mount(make_app(worker, api_key="secret"), worker))
+    for password, status in (("wrong", 400), ("secret", 200)):
+        assert client.get("/config").status_code == 401
+        assert client.post("/login", data={"username": "me", "password": password}).status_code == status
+    assert client.get("/config").status_code == 200
+    assert client.get("/v1/videos").status_code == 401, "the page's cookie is no key"
+    folder.close()
 
 
 def test_a_schedule_in_lines():
