@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the flags and checks all that needs no weights."""
-    parser = Parser(prog="sample.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="sample.py", description=str(__doc__).splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--prompt", help="what to show (required, but for a schedule that begins at 0)")
     add("--prompt_schedule", type=Path, help='other prompts: a file of lines {"time": seconds, "prompt": "..."}')

@@ -430,7 +430,7 @@ class Experiment:
         """Adds what an export has from `base`: other components, sampling settings."""
         borrow = self.config.borrow
         folder.mkdir(parents=True, exist_ok=True)
-        index = {"base": base.name} if borrow else {}
+        index = {"base": base.name} if borrow and base is not None else {}
         if base is not None and not borrow:
             new = (folder / "transformer").exists()
             for name in weights.COMPONENTS:
@@ -441,11 +441,11 @@ class Experiment:
                     shutil.copytree(given, folder / name)
         sampling = dict(self.config.sampling)
         if not sampling and base is not None and (base / "model_index.json").exists():
-            sampling = weights.read_json(base / "model_index.json")["sampling"]
+            sampling = weights.read_config(base / "model_index.json")["sampling"]
         if sampling:
             # a distilled student is sampled as it was trained to be
-            index = {"format": 1, **index, "sampling": sampling | getattr(self.method, "sampling", dict)()}
-            (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+            index |= {"sampling": sampling | getattr(self.method, "sampling", dict)()}
+            weights.write_config(folder / "model_index.json", index)
 
     def _state(self, params: dict[str, Params]) -> TrainState:
         return TrainState.create(params, self.optimizers, seed=self.config.seed)
@@ -519,7 +519,7 @@ class Experiment:
         An encoder that is not trained keeps the statistics that came with it.
         """
         if self.config.init_from and not self.method.config.train_encoder:
-            given = weights.read_json(Path(self.config.init_from) / "vae" / "config.json")
+            given = weights.read_config(Path(self.config.init_from) / "vae" / "config.json")
             return dataclasses.replace(config, **{k: tuple(given[k]) for k in ("latent_mean", "latent_std")})
         network = Network.create(MODELS[self.config.model["model"]][1], config)
         encode = jax.jit(lambda p, frames: network(p, 2 * as_float(frames) - 1, method="encode")[0])

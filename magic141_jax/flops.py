@@ -37,16 +37,20 @@ def _operations(equation: JaxprEqn) -> float:
     return sum(inner) * TURNS.get(name, lambda params: 1)(params)
 
 
+def _shape(operand: Any) -> tuple[int, ...]:
+    return operand.aval.shape
+
+
 def _dot(equation: JaxprEqn) -> float:
     (contracted, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
-    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    left = _shape(equation.invars[0])
+    return 2.0 * math.prod(_shape(equation.outvars[0])) * math.prod(left[axis] for axis in contracted)
 
 
 def _convolution(equation: JaxprEqn) -> float:
-    kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
+    kernel, spec = _shape(equation.invars[1]), equation.params["dimension_numbers"].rhs_spec
     # Every output value is a sum over the kernel's places and its input channels, those of one group.
-    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / kernel[spec[0]]
+    return 2.0 * math.prod(_shape(equation.outvars[0])) * math.prod(kernel) / kernel[spec[0]]
 
 
 def _cudnn_attention(products: int) -> Callable[[JaxprEqn], float]:
@@ -56,7 +60,7 @@ def _cudnn_attention(products: int) -> Callable[[JaxprEqn], float]:
     """
 
     def operations(equation: JaxprEqn) -> float:
-        query, key = (operand.aval.shape for operand in equation.invars[:2])
+        query, key = map(_shape, equation.invars[:2])
         keys = key[2 if equation.params["layout"] else 1]
         return 2.0 * products * math.prod(query) * keys
 

@@ -95,11 +95,11 @@ def find_place() -> Place | None:
             raise UserError(f"{', '.join(given)} is set, but not {', '.join(missing)}; to join processes set all three")
         return None
     try:
-        count = _number(COUNT, 1, least=2) if COUNT in given else cluster.get_process_count()
+        count = _number(COUNT, 1, least=2) if COUNT in given else cluster.get_process_count()  # pyright: ignore[reportOptionalMemberAccess]
         if count == 1:
             return None
-        index = _number(INDEX, 0, least=0) if INDEX in given else cluster.get_process_id()
-        address = given.get(ADDRESS) or cluster.get_coordinator_address(
+        index = _number(INDEX, 0, least=0) if INDEX in given else cluster.get_process_id()  # pyright: ignore[reportOptionalMemberAccess]
+        address = given.get(ADDRESS) or cluster.get_coordinator_address(  # pyright: ignore[reportOptionalMemberAccess]
             timeout_secs=_number(START_SECONDS, 300, least=1),
             override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT"),
         )
@@ -107,7 +107,7 @@ def find_place() -> Place | None:
         raise
     except Exception as error:  # whatever a cluster's interface may raise
         raise UserError(
-            f"can't tell this process's place by {cluster.__name__} ({error!r}); set {COUNT}=1 for one alone, "
+            f"can't tell this process's place by {cluster.__name__} ({error!r}); set {COUNT}=1 for one alone, "  # pyright: ignore[reportOptionalMemberAccess]
             f"or {ADDRESS}, {COUNT} and {INDEX}"
         ) from None
     if index >= count:
@@ -131,7 +131,8 @@ def once(act: Callable[[], Any]) -> None:
     if jax.process_count() == 1:
         act()
         return
-    client, key, said = distributed.global_state.client, f"magic141_jax/once/{next(_numbers)}", ""
+    client: Any = distributed.global_state.client
+    key, said = f"magic141_jax/once/{next(_numbers)}", ""
     if not leads():
         said = client.blocking_key_value_get(key, DAY_IN_MS)
         if said != "done":
@@ -178,7 +179,7 @@ def _cluster() -> Any:
 
     Only on a TPU VM is anybody asked (its metadata server); elsewhere variables of the environment tell.
     """
-    tpu = "tpu" in (jax.config.jax_platforms or "tpu")
+    tpu = "tpu" in (jax.config.jax_platforms or "tpu")  # pyright: ignore[reportAttributeAccessIssue]
     kinds = [kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a Kubernetes library that isn't installed

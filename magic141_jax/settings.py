@@ -28,8 +28,8 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str = "config") -> 
     Raises:
       UserError: unknown key, wrong type, or a missing key without default; all named by their dotted path.
     """
-    if hasattr(values, "to_dict"):  # a ConfigDict is no Mapping
-        values = values.to_dict()
+    as_dict = getattr(values, "to_dict", None)  # a ConfigDict is no Mapping
+    values = values if as_dict is None else as_dict()
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     made = {}

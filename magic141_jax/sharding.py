@@ -261,7 +261,7 @@ def to_host(tree: Any, *, keep: bool = True, chunk: int = 2**28) -> Any:
     def fetch(leaf: Any) -> np.ndarray | None:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
             return np.asarray(leaf)
-        whole, rows = replicated(leaf.sharding.mesh), max(1, chunk * leaf.shape[0] // leaf.nbytes)
+        whole, rows = replicated(leaf.sharding.mesh), max(1, chunk * leaf.shape[0] // leaf.nbytes)  # pyright: ignore[reportAttributeAccessIssue]
         pieces = []
         for start in range(0, leaf.shape[0], rows):
             piece = jax.block_until_ready(jax.device_put(leaf[start : start + rows], whole))

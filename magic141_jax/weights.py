@@ -1,6 +1,6 @@
 """A component on disk: `config.json` beside safetensors, one file or several with an index. Nothing is unpickled.
 
-    folder/config.json                   {"model": "mmdit", ...fields of its config dataclass}
+    folder/config.json                   {"format": 1, "model": "mmdit", ...fields of its config dataclass}
     folder/model.safetensors             or model-00001-of-0000n.safetensors + model.safetensors.index.json
 
 Tensors are named by their dotted path (see `magic141_jax.pytree`). Storage may be float32, bfloat16 or int8; int8
@@ -10,6 +10,9 @@ matrices, but rounding them costs accuracy and saves next to nothing.
 
 Components stand in one folder with a model_index.json. Weights that differ from others in some components only hold
 just these, and name the others' folder, a sibling, as "base" in the index.
+
+Both kinds of JSON file say the format that they are in. What an older version wrote, files without a number included,
+is brought to today's format when it is read (`MIGRATIONS`); what a newer one wrote is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +41,19 @@ SCALE = "::scale"
 VECTORS = ("bias", "scale")  # how the last part of the path ends, for parameters that int8 leaves alone
 MAX_SHARD_BYTES = 4 << 30
 
+FORMAT = 1  # of config.json and model_index.json; files without a number are of format 0
+
+
+def _say_how_known_frames_enter(config: dict[str, Any]) -> dict[str, Any]:
+    """Format 0 has no `known` of a transformer: known frames entered wherever there were channels for them."""
+    if config.get("model") != "mmdit" or "known" in config or "in_channels" not in config:
+        return config
+    return {**config, "known": "none" if config["in_channels"] == config.get("out_channels") else "channels"}
+
+
+# Format -> what brings a file of that format to the next one
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {0: _say_how_known_frames_enter}
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; a missing or malformed file is the user's to mend."""
@@ -52,10 +68,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_config(file: Path) -> dict[str, Any]:
+    """A config.json or model_index.json in today's format, without its number; of published folders as it is.
+
+    Raises:
+      UserError: the file is missing or malformed, or a newer version wrote it.
+    """
+    found = read_json(file)
+    if found.keys() & {"_class_name", "architectures"} and not found.keys() & {"format", "model"}:
+        return found
+    number = found.pop("format", 0)
+    if not isinstance(number, int) or number not in (*MIGRATIONS, FORMAT):
+        raise UserError(f"{file} has format {number!r}; this version reads up to {FORMAT}: take a newer magic141_jax")
+    for older in range(number, FORMAT):
+        found = MIGRATIONS[older](found)
+    return found
+
+
+def write_config(file: Path, config: Mapping[str, Any]) -> None:
+    """Writes a config.json or model_index.json with the number of today's format."""
+    file.write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n")
+
+
 def save(folder: Path, config: Mapping[str, Any], params: Params, *, storage: Storage = "float32") -> None:
     """Writes a component folder; what stood there is replaced only once everything is on disk."""
     with new_folder(folder) as temporary:
-        (temporary / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+        write_config(temporary / "config.json", config)
         _write_shards(temporary, _encode(flatten(params), storage))
 
 
@@ -84,10 +122,10 @@ def derive(source: Path, target: Path, components: Mapping[str, tuple[Mapping[st
                     _copy(file, temporary / name / file.relative_to(origin))
             if new is not None:
                 (temporary / name).mkdir(exist_ok=True)
-                (temporary / name / "config.json").write_text(json.dumps(dict(new[0]), indent=2) + "\n")
+                write_config(temporary / name / "config.json", new[0])
                 _write_shards(temporary / name, _encode(flatten(new[1]), "float32"))
-        index = {key: value for key, value in read_json(source / "model_index.json").items() if key != "base"}
-        (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        index = {key: value for key, value in read_config(source / "model_index.json").items() if key != "base"}
+        write_config(temporary / "model_index.json", index)
 
 
 def require_apart(source: Path, target: Path) -> None:
@@ -132,7 +170,7 @@ def load(folder: Path) -> tuple[dict[str, Any], Params]:
       UserError: a file is missing, malformed or truncated.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json")
+    config = read_config(folder / "config.json")
     return config, unflatten(_decode(read_tensors(folder)))
 
 

@@ -1,6 +1,5 @@
 """Eight fake CPU devices, strict rank promotion, a shared compilation cache; tiny random weights in a real folder."""
 
-import json
 import os
 import re
 import runpy
@@ -111,7 +110,7 @@ def weights_folder(tmp_path_factory):
         stored = {"model": kind, **settings.to_dict(network.config)}
         weights.save(folder / name, stored, random_params(network, seed), storage="bfloat16")
     write_tokenizer(folder / "text_encoder" / "tokenizer.json")
-    (folder / "model_index.json").write_text(json.dumps({"format": 1, "sampling": SAMPLING}))
+    weights.write_config(folder / "model_index.json", {"sampling": SAMPLING})
     return folder
 
 

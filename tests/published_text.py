@@ -135,6 +135,19 @@ def clip_vision_sizes(layers=3, image=336):
     }
 
 
+def videomae_sizes():
+    return {
+        "model_type": "videomae",
+        "image_size": 16,
+        "num_frames": 4,
+        "patch_size": 8,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
+
+
 def llava_sizes(image=336):
     tokenizer = llama_tokenizer()
     return {

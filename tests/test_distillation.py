@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magic141_jax import sharding
+from magic141_jax import sharding, weights
 from magic141_jax.errors import UserError
 from magic141_jax.experiment import RULES, Experiment, make_config
 from magic141_jax.models import mmdit
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 def tiny(weights_folder, *, method, model=None, **rest):
     """The sizes of `weights_folder`, which is the teacher, on random videos."""
-    image_encoder = json.loads((weights_folder / "image_encoder" / "config.json").read_text())
+    image_encoder = weights.read_config(weights_folder / "image_encoder" / "config.json")
     return make_config(
         model={"model": "mmdit", **dataclasses.asdict(mmdit.debug()), **(model or {})},
         image_encoder=image_encoder,

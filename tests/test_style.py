@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NAME = "magic141_jax"
 RANKS = {
-    **dict.fromkeys(["errors", "settings", "shapes", "pytree", "command_line", "flops"], 0),
+    **dict.fromkeys(["errors", "embedded", "settings", "shapes", "pytree", "command_line", "flops"], 0),
     **dict.fromkeys(["weights", "sharding", "processes", "diffusion", "data"], 1),
     "models": 2,
     **dict.fromkeys(["train", "convert", "sparsity", "quantize"], 3),
@@ -53,7 +53,7 @@ def sources(*patterns: str) -> list[Source]:
     return [Source(file.relative_to(ROOT), file.read_text()) for file in files]
 
 
-PYTHON = sources("*.py", f"{NAME}/**/*.py", "benchmarks/*.py", "configs/**/*.py", "tests/**/*.py")
+PYTHON = sources("*.py", "docs/*.py", f"{NAME}/**/*.py", "benchmarks/*.py", "configs/**/*.py", "tests/**/*.py")
 DOCUMENTS = sources("*.md", "*.txt", "*.toml", ".ci/*", "docs/**/*.md", "weights/**/*.md", "notebooks/*.ipynb")
 
 

@@ -285,3 +285,55 @@ def test_float8_comes_back(tmp_path):
     _, read = weights.load(tmp_path / "net")
     assert {name: leaf.dtype for name, leaf in read.items()} == {name: leaf.dtype for name, leaf in params.items()}
     jax.tree.map(np.testing.assert_array_equal, read, params)
+
+
+def test_files_say_their_format_and_come_back_without_it(tmp_path):
+    weights.save(tmp_path / "net", CONFIG, make_params())
+    file = tmp_path / "net" / "config.json"
+    assert weights.read_json(file) == {"format": weights.FORMAT, **CONFIG}
+    assert weights.read_config(file) == weights.load(tmp_path / "net")[0] == CONFIG
+
+
+@pytest.mark.parametrize(("channels", "known"), [((16, 16), "none"), ((33, 16), "channels")])
+def test_a_transformer_without_a_number_says_how_known_frames_enter(tmp_path, channels, known):
+    old = {"model": "mmdit", "in_channels": channels[0], "out_channels": channels[1]}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(old))
+    assert weights.read_config(file) == {**old, "known": known}
+    file.write_text(json.dumps({**old, "known": "replace"}))
+    assert weights.read_config(file)["known"] == "replace"
+    file.write_text(json.dumps({"format": 1, **old}))
+    assert weights.read_config(file) == old
+
+
+def test_migrations_are_walked_from_the_format_of_the_file_to_todays(tmp_path, monkeypatch):
+    def renamed(old, new):
+        return lambda config: {new if key == old else key: value for key, value in config.items()}
+
+    table = {0: renamed("a", "b"), 1: renamed("b", "c"), 2: renamed("c", "d")}
+    monkeypatch.setattr(weights, "MIGRATIONS", table)
+    monkeypatch.setattr(weights, "FORMAT", 3)
+    file = tmp_path / "config.json"
+    for written in ({"a": 5}, {"format": 1, "b": 5}, {"format": 2, "c": 5}, {"format": 3, "d": 5}):
+        file.write_text(json.dumps(written))
+        assert weights.read_config(file) == {"d": 5}
+    weights.write_config(file, {"d": 5})
+    assert weights.read_json(file) == {"format": 3, "d": 5}
+
+
+def test_every_format_before_todays_has_a_migration():
+    assert sorted(weights.MIGRATIONS) == list(range(weights.FORMAT))
+
+
+@pytest.mark.parametrize("number", [weights.FORMAT + 1, -1, "1", 0.5, None, [1]])
+def test_a_format_from_the_future_is_refused_in_one_line(tmp_path, number):
+    (tmp_path / "config.json").write_text(json.dumps({"format": number, **CONFIG}))
+    with pytest.raises(UserError, match=f"reads up to {weights.FORMAT}: take a newer") as caught:
+        weights.load(tmp_path)
+    assert "\n" not in str(caught.value) and repr(number) in str(caught.value)
+
+
+def test_published_files_are_left_alone(tmp_path):
+    for theirs in ({"_class_name": "X", "in_channels": 16}, {"architectures": ["Y"], "model_type": "bert"}):
+        (tmp_path / "config.json").write_text(json.dumps(theirs))
+        assert weights.read_config(tmp_path / "config.json") == theirs

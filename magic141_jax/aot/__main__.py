@@ -93,7 +93,7 @@ def main() -> None:
 def _measure(values: flags.FlagValues, asked: program.Program, made: topology.Topology) -> dict[str, Any]:
     """The results of the program that the flags name, compiled where it can be."""
     return {
-        "config": Path(values["config"].config_filename).stem,
+        "config": Path(values["config"].config_filename).stem,  # pyright: ignore[reportAttributeAccessIssue]
         "program": values.program,
         "topology": made.name,
         "chips": len(made.devices),

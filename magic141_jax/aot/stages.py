@@ -168,7 +168,7 @@ def _open(values: Mapping[str, Any], topology: Topology, batch: int | None) -> C
     sampling = config.sampling
     if not sampling and config.components_from:
         folder = find_folder(config.components_from)
-        sampling = weights.read_json(folder / "model_index.json").get("sampling", {})
+        sampling = weights.read_config(folder / "model_index.json").get("sampling", {})
     if not sampling:
         raise UserError("how clips are sampled is not known: set config.sampling or --config.components_from")
     made_for = settings.build(SamplingSettings, sampling, where="config.sampling")
@@ -199,7 +199,7 @@ def _held(network: Network, kernels: str) -> Network:
         raise UserError(f"--kernels is {kernels!r}; write a form such as int4, or 2:4 int8")
     main = plan.named(name)
     if keep:
-        main = dataclasses.replace(main, keep=tuple(map(int, keep[0].groups())))
+        main = dataclasses.replace(main, keep=tuple(map(int, pattern[0].split(":"))))
     rest = main if main.values not in stored.QUANTIZED else plan.named("int8")
     shapes = {path: x for path, x in flatten(network.abstract_params).items() if path.endswith(stored.KERNEL)}
     return stored.stored(network, plan.plan(shapes, main, dataclasses.replace(rest, keep=None), pack=False))
@@ -208,7 +208,7 @@ def _held(network: Network, kernels: str) -> Network:
 def _vae(config: ExperimentConfig) -> Network:
     channels, stored = _network(config.model, "config.model").config.out_channels, {}
     if config.components_from:
-        stored = weights.read_json(weights.part(find_folder(config.components_from), "vae") / "config.json")
+        stored = weights.read_config(weights.part(find_folder(config.components_from), "vae") / "config.json")
     if stored.get("model") not in MODELS:  # none, or a published folder
         stored = VAES.get(channels, {})
     if not stored:

@@ -3,18 +3,20 @@
 Linear kernels are transposed and stacked over layers; the patch convolution is a linear map of patch values. Names
 are read with and without the tower's prefix (newer versions of transformers leave it out) and written with it. What
 is never used is dropped by name: the projections, position numbers, the vision tower's last layer and last norm.
+`dual_table` is of the repositories that hold both towers and keep all of that.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from magic141_jax import settings
 from magic141_jax.convert.bert import config_fields
-from magic141_jax.convert.engine import CONV, Rule, Table, Transform, chain, each, linear, norm
+from magic141_jax.convert.engine import CONV, LINEAR, Rule, Table, Transform, chain, each, linear, norm
 from magic141_jax.errors import UserError
-from magic141_jax.models.clip import ClipTextConfig, ClipVisionConfig
+from magic141_jax.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
 
 TEXT_PREFIXES = ("text_model.", "")
 VISION_PREFIXES = ("vision_model.", "")
@@ -78,6 +80,31 @@ def vision_config_to_ours(
         raise UserError(f"this {what} has {fields['layers']} layers; without the last {skip_last} there is none left")
     fields["layers"] -= skip_last
     return settings.build(ClipVisionConfig, {**fields, **run_time}, where="clip_vision")
+
+
+def dual_config_to_ours(theirs: Mapping[str, Any]) -> ClipConfig:
+    """The config.json of a repository with both towers ("model_type": "clip") as a `ClipConfig`.
+
+    Raises:
+      UserError: the model computes something else than `Clip`.
+    """
+    names = {"text_config": "text", "vision_config": "vision", "projection_dim": "projection"}
+    fields = config_fields(theirs, names, {"model_type": "clip"}, what="CLIP", defaults={"projection_dim": 512})
+    text, vision = text_config_to_ours(fields["text"]), vision_config_to_ours(fields["vision"], skip_last=0)
+    return settings.build(ClipConfig, {**fields, "text": text, "vision": vision}, where="clip")
+
+
+def dual_table(config: ClipConfig) -> Table:
+    """The rules between the names of a repository with both towers and the paths of `Clip(config)`."""
+    text = _text_layout("text_model.")
+    return (
+        *(dataclasses.replace(rule, ours=f"text.{rule.ours}") if rule.targets else rule for rule in text),
+        *norm("vision_model.post_layernorm", "vision_norm"),
+        *_vision_layout("vision_model.", "vision.", config.vision),
+        Rule("text_projection.weight", "text_projection.kernel", LINEAR),
+        Rule("visual_projection.weight", "image_projection.kernel", LINEAR),
+        Rule("logit_scale", ()),
+    )
 
 
 def vision_table(

@@ -115,7 +115,7 @@ def plan_component(folder: Path, dtype: str | None = None) -> Plan:
     Raises:
       UserError: it is damaged, doesn't fit its config, or can't be expressed in a published layout.
     """
-    mapping = weights.read_json(folder / "config.json")
+    mapping = weights.read_config(folder / "config.json")
     kind = mapping.pop("model", None)
     if kind not in MODELS:
         raise UserError(f"{folder / 'config.json'} names the model {kind!r}.{nearest(str(kind), MODELS)}")
@@ -167,7 +167,7 @@ def _published_config(kind: str, config: Any, folder: Path) -> tuple[str, dict[s
 
 
 def _export_pipeline(src: Path, dst: Path, dtype: str | None) -> None:
-    index = weights.read_json(src / "model_index.json")
+    index = weights.read_config(src / "model_index.json")
     folders = {path.name: path for path in sorted(src.iterdir()) if path.is_dir() and not path.name.startswith(".")}
     ours = {name: path for name, path in folders.items() if _is_ours(path)}
     if "transformer" not in ours:
@@ -204,7 +204,7 @@ def _export_pipeline(src: Path, dst: Path, dtype: str | None) -> None:
 def _is_ours(folder: Path) -> bool:
     """Whether a component is to be converted; a folder without config.json is a tokenizer or the like."""
     file = folder / "config.json"
-    return file.exists() and not is_published(weights.read_json(file))
+    return file.exists() and not is_published(weights.read_config(file))
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:

@@ -75,6 +75,8 @@ def config_from_ours(config: MMDiTConfig) -> dict[str, Any]:
     frames, rows, columns = config.patch
     if config.absolute_positions or config.hold_known:
         raise UserError("diffusers' layout has no absolute_positions and no hold_known; such a network stays here")
+    if config.condition_width:
+        raise UserError("diffusers' layout has no condition_width; such a network stays here")
     if not config.refiner_blocks:
         raise UserError("HunyuanVideo's layout has refiner blocks, this network none; it may be one like FLUX's")
     if config.width != config.heads * config.head_width or rows != columns or config.time_features != 256:

@@ -263,7 +263,7 @@ def _layers(rule: Rule, shapes: list[tuple[int, ...]]) -> _Layers:
     columns = [np.arange(np.prod(shape[1:]), dtype=np.int32)[None] for shape in theirs]
 
     def moved(labels: list[np.ndarray]) -> tuple[np.ndarray, ...]:
-        spread = [np.broadcast_to(x, (s[0], np.prod(s[1:]))).reshape(s) for x, s in zip(labels, theirs)]
+        spread = [np.broadcast_to(x, (s[0], np.prod(s[1:]))).reshape(s) for x, s in zip(labels, theirs)]  # pyright: ignore[reportCallIssue]
         return rule.transform.to_ours(tuple(spread))
 
     modules = [source.removesuffix(".weight") for source in rule.sources]

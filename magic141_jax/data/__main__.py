@@ -160,7 +160,7 @@ def _load_encoders(folder: str, text_length: int | None) -> tuple[Encoders, dict
     folder's transformer is opened, which says how its prompts are read.
     """
     path = find_folder(folder)
-    index = weights.read_json(path / "model_index.json") if (path / "model_index.json").exists() else {}
+    index = weights.read_config(path / "model_index.json") if (path / "model_index.json").exists() else {}
     theirs = published.is_published(index)
     network, params = load_model(weights.part(path, "vae"))
     text_encoder, sampling = (_published_text if theirs else _own_text)(path, index, text_length)
@@ -181,7 +181,7 @@ def _load_encoders(folder: str, text_length: int | None) -> tuple[Encoders, dict
 def _own_text(path: Path, index: Mapping[str, Any], length: int | None) -> tuple[TextEncoder, dict[str, Any]]:
     """The text encoder and the sampling settings of a weights folder."""
     folder = weights.part(path, "text_encoder")
-    kind = weights.read_json(folder / "config.json").get("model")
+    kind = weights.read_config(folder / "config.json").get("model")
     if kind not in TEXT_ENCODERS:
         raise UserError(f"{folder} holds {kind!r}; known are {', '.join(TEXT_ENCODERS)}")
     return TEXT_ENCODERS[kind](folder, length), index.get("sampling", {})

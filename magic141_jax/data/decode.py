@@ -169,7 +169,7 @@ def _video(path: Path, start: float) -> Iterator[Shown]:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             _check_size(path, stream.height, stream.width)
-            zero = float(stream.start_time * stream.time_base) if stream.start_time else 0.0
+            zero = float(stream.start_time * stream.time_base) if stream.start_time and stream.time_base else 0.0
             period = 1 / float(stream.average_rate or stream.guessed_rate or 25)
             if start > 1:
                 container.seek(int((zero + start) * av.time_base))
@@ -179,7 +179,7 @@ def _video(path: Path, start: float) -> Iterator[Shown]:
                 yield begin, begin + period, lambda frame=frame: _upright(frame)
     except BadClip:
         raise
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except (av.FFmpegError, OSError, ValueError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise BadClip(path, "unreadable video", getattr(error, "strerror", None) or error) from None
 
 

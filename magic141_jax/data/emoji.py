@@ -26,9 +26,10 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageSequence
 
+from magic141_jax import embedded
 from magic141_jax.errors import UserError, nearest
 
-DEFAULT_PACK = Path(__file__).parents[2] / "datasets" / "emoji" / "emoji.zip"
+DEFAULT_PACK = embedded.ROOT / "datasets" / "emoji" / "emoji.zip"
 TRIPLE_FOLD = 11
 POSTER_STARTS = 0.4  # share of videos that start from a poster, as a first window does
 CANVAS = 64  # sizes and speeds below are in pixels of a 64-pixel frame and scale with the frame
@@ -248,7 +249,7 @@ def draw_scene(
         )
         return dataclasses.replace(base, motion=motion, centre=centre)
     centre = (float(rng.integers(CANVAS)), float(rng.integers(CANVAS)))
-    size, phase = float(rng.integers(SIZES[0], SIZES[1] + 1)), int(rng.integers(24))
+    size, phase = float(rng.integers(int(SIZES[0]), int(SIZES[1]) + 1)), int(rng.integers(24))
     look = int(rng.integers(LOOKS)) if rng.random() < LOOK_SHARE else 0
     return Scene(subject, colour, motion, centre, size, phase, look)
 

@@ -61,7 +61,8 @@ class Joined:
 
 def item_name(source: Source, index: int) -> str:
     """What to call an item in a report: `source.name(index)` where the source has names."""
-    return source.name(index) if hasattr(source, "name") else f"item {index}"
+    name = getattr(source, "name", None)
+    return f"item {index}" if name is None else name(index)
 
 
 class FileClips:
@@ -185,7 +186,7 @@ def _open_tfds(name: str, split: str, data_dir: Path | None) -> Any:
 
 
 def _is_frames(feature: Any) -> bool:
-    shape = getattr(feature, "shape", None) or ()
+    shape: Any = getattr(feature, "shape", None) or ()
     return len(shape) in (3, 4) and shape[-1] in (1, 3) and feature.np_dtype == np.uint8
 
 

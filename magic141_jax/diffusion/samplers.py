@@ -131,7 +131,7 @@ def _step_key(key: jax.Array | None, index: jax.Array) -> jax.Array | None:
         return None
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
-    return jax.vmap(jax.random.fold_in, (0, None))(key, index) if key.ndim else jax.random.fold_in(key, index)
+    return jax.vmap(jax.random.fold_in, (0, None))(key, index) if key.ndim else jax.random.fold_in(key, index)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 _STEPS = {"euler": _euler, "heun": _heun, "renoise": _renoise}

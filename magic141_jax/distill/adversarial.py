@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -175,7 +175,7 @@ class Critic:
         t = jnp.clip(config.time.draw(time_key, real.shape[:1]), *config.time_range)
         noise = flow.draw_noise(noise_key, real.shape)
         features = self.backbone.features(params, config.trunk, self.heads.config.layers)
-        judge = functools.partial(discriminator_fn(features, self.heads, params[DISCRIMINATOR]), t=t, cond=cond)
+        judge: Any = functools.partial(discriminator_fn(features, self.heads, params[DISCRIMINATOR]), t=t, cond=cond)  # pyright: ignore[reportCallIssue]
         points = [noised_latents(x, noise, t, cond) for x in (real, made)]
         logits = [judge(x) for x in points]
         of_critic, of_student = ADVERSARIAL_LOSSES[config.loss]

@@ -126,8 +126,8 @@ class DMD(Distillation):
         config = self.config
         data = record["latents"].astype(jnp.float32)
         cond = self.backbone.conditioning(params, part, record, cond_key)
-        velocities = (self.backbone.velocity(params, STUDENT, trained=trained) for trained in (False, True))
-        x = rollout.draw(config.walk, *velocities, cond, data, key=start_key)
+        fixed, trained = (self.backbone.velocity(params, STUDENT, trained=learns) for learns in (False, True))
+        x = rollout.draw(config.walk, fixed, trained, cond, data, key=start_key)
         losses, metrics = {STUDENT: jnp.zeros(())}, {}
         if config.matching:
             g, sizes = self.score_gradient(params, jax.lax.stop_gradient(x), cond, data, score_key)

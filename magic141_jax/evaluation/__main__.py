@@ -8,12 +8,16 @@
     python -m magic141_jax.evaluation drift --row "default=default" --row "no anchor=default:anchor=false"
         [--seconds 60] [--samples N] [--seed S] [--split triples] [--output drift.json] [--plot drift.svg]
     python -m magic141_jax.evaluation page docs/results/distillation docs
+    python -m magic141_jax.evaluation report A B --output DIR [--samples N] [--seeds 0,1,2] [--clip DIR]
+    python -m magic141_jax.evaluation vbench --images DIR [--prompts vbench2_i2v_full_info.json] [--weights DIR] OUT
 
 The first prints the card's table; with --card, it replaces what stands between the card's evaluation markers. The
 second holds all rows against the first one; see `magic141_jax.evaluation.compare` for rows and measures. Its output
 is written after every seed: started again, it goes on with the seeds that are missing. The third follows long videos
 window by window (`magic141_jax.evaluation.drift`), and goes on with the rows that are missing. The fourth makes a page
-of comparisons; see `magic141_jax.evaluation.page`.
+of comparisons; see `magic141_jax.evaluation.page`. The fifth compares two folders and
+writes a report of it, with videos (`magic141_jax.evaluation.versus`). The sixth makes the videos that VBench's tool
+judges (`magic141_jax.evaluation.vbench`).
 """
 
 from __future__ import annotations
@@ -33,7 +37,19 @@ from tqdm import tqdm
 from magic141_jax import weights
 from magic141_jax.data.emoji import DEFAULT_PACK, EmojiPack
 from magic141_jax.errors import OneLineParser, UserError, run_entry_point
-from magic141_jax.evaluation import compare, drift, page, plots, protocol, record, report, standing
+from magic141_jax.evaluation import (
+    compare,
+    drift,
+    networks,
+    page,
+    plots,
+    protocol,
+    record,
+    report,
+    standing,
+    vbench,
+    versus,
+)
 from magic141_jax.evaluation.templates import Search
 from magic141_jax.pipelines.components import DEFAULT
 from magic141_jax.pipelines.options import resolve
@@ -127,30 +143,41 @@ def evaluate(
     return results, clips
 
 
+def _plan_flags(parser: OneLineParser, plan: compare.Plan, *, seeds: str) -> None:
+    """Adds the flags that say on what rows are compared, and by what."""
+    parser.add_argument("--samples", type=int, default=plan.samples, metavar="N", help="captions a split and seed")
+    parser.add_argument("--seeds", default=seeds, metavar="LIST", help="draw captions, first frames and noise: 0,1,2")
+    parser.add_argument("--splits", default=",".join(plan.splits), metavar="LIST", help=", ".join(protocol.SPLITS))
+    parser.add_argument("--kinds", default=",".join(plan.kinds), metavar="LIST", help=", ".join(standing.KINDS))
+    parser.add_argument("--draws", type=int, default=plan.draws, metavar="K", help="noises a caption, for diversity")
+    parser.add_argument("--pack", type=Path, default=DEFAULT_PACK, metavar="ZIP", help="the emoji pack")
+    parser.add_argument("--clip", type=Path, metavar="DIR", help="a published CLIP that measures too (both towers)")
+    parser.add_argument("--videomae", type=Path, metavar="DIR", help="a published, fine-tuned VideoMAE that does")
+
+
+def _read_plan(args: argparse.Namespace) -> compare.Plan:
+    """The plan of `_plan_flags`; raises `UserError` for what is wrong with it."""
+    for name in ("samples", "draws"):
+        if not 2 <= getattr(args, name) <= MAX_SAMPLES:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be from 2 to {MAX_SAMPLES}")
+    splits = compare.read_names(args.splits, "--splits", protocol.SPLITS)
+    kinds = compare.read_names(args.kinds, "--kinds", tuple(standing.KINDS))
+    return compare.Plan(compare.read_seeds(args.seeds), splits, args.samples, args.draws, kinds)
+
+
 def parse_compare(argv: Sequence[str]) -> tuple[argparse.Namespace, tuple[compare.Row, ...], compare.Plan]:
     """Reads the command line after `compare`; raises `UserError` for what is wrong with it."""
     parser = OneLineParser(
         prog="python -m magic141_jax.evaluation compare",
         description="Holds samplers against the first of them, on the same captions, first frames and noise.",
     )
-    plan = compare.Plan()
     row = "label=FOLDER[:KEY=VALUE,...] with steps, guidance, shift, sampler, lora (a file) or transformer (a folder); "
     row += "the others are held against the first"
     parser.add_argument("--row", action="append", default=[], metavar="ROW", help=row)
-    parser.add_argument("--samples", type=int, default=plan.samples, metavar="N", help="captions a split and seed")
-    parser.add_argument("--seeds", default="0", metavar="LIST", help="draw captions, first frames and noise: 0,1,2")
-    parser.add_argument("--splits", default=",".join(plan.splits), metavar="LIST", help=", ".join(protocol.SPLITS))
-    parser.add_argument("--kinds", default=",".join(plan.kinds), metavar="LIST", help=", ".join(standing.KINDS))
-    parser.add_argument("--draws", type=int, default=plan.draws, metavar="K", help="noises a caption, for diversity")
-    parser.add_argument("--pack", type=Path, default=DEFAULT_PACK, metavar="ZIP", help="the emoji pack")
+    _plan_flags(parser, compare.Plan(), seeds="0")
     parser.add_argument("--output", type=Path, metavar="JSON", help="all values; goes on with what is there")
     args = parser.parse_args(argv)
-    for name in ("samples", "draws"):
-        if not 2 <= getattr(args, name) <= MAX_SAMPLES:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be from 2 to {MAX_SAMPLES}")
-    splits = compare.read_names(args.splits, "--splits", protocol.SPLITS)
-    kinds = compare.read_names(args.kinds, "--kinds", tuple(standing.KINDS))
-    plan = compare.Plan(compare.read_seeds(args.seeds), splits, args.samples, args.draws, kinds)
+    plan = _read_plan(args)
     return args, compare.read_rows(args.row), plan
 
 
@@ -158,22 +185,71 @@ def main_compare(argv: Sequence[str]) -> int:
     """Runs `compare`; raises `UserError` for what the user can mend."""
     args, rows, plan = parse_compare(argv)
     report.require_folders(args.output)
-    before = record.read(args.output) if args.output and args.output.exists() else None
-    pack, loaded = EmojiPack(args.pack), compare.load_rows(rows)
-    settings = {**dataclasses.asdict(plan), "pack": weights.digest(args.pack)}
-    found = record.begin({x.row.label: compare.identity(x) for x in loaded}, settings, _compare_command(args, rows))
+    found = _compared(args, plan, compare.load_rows(rows), args.output, _compare_command(args, rows))
+    print(standing.section(found))
+    print(f"\n{sum(made['seconds'] for made in found['made'].values()):.0f} s")
+    return 0
+
+
+def _compared(
+    args: argparse.Namespace,
+    plan: compare.Plan,
+    loaded: Sequence[compare.Loaded],
+    output: Path | None,
+    command: str,
+    **show: Any,
+) -> dict[str, Any]:
+    """The record of a comparison, gone on with where `output` holds a part, and written there after every seed."""
+    before = record.read(output) if output and output.exists() else None
+    judges = {name: getattr(args, name) for name in ("clip", "videomae")}
+    published = networks.Networks.from_folders(args.clip, args.videomae)
+    pack, rows = EmojiPack(args.pack), [x.row for x in loaded]
+    settings = {**dataclasses.asdict(plan), "pack": weights.digest(args.pack), **networks.identity(judges)}
+    found = record.begin({x.row.label: compare.identity(x) for x in loaded}, settings, command)
     if before is not None:
-        found = record.resume(before, found, args.output)
+        found = record.resume(before, found, output)
     left = dataclasses.replace(plan, seeds=tuple(s for s in plan.seeds if s not in found["settings"]["seeds"]))
     start = time.perf_counter()
     with tqdm(total=compare.progress_steps(rows, left), unit="step") as bar:
-        for seed, values in compare.compare(loaded, pack, left, progress=_teller(bar)):
+        told = {"networks": published, "progress": _teller(bar), **show}
+        for seed, values in compare.compare(loaded, pack, left, **told):
             found = record.add(found, seed, values, seconds=time.perf_counter() - start)
-            if args.output:
-                report.write(args.output, report.to_json(found))
+            if output:
+                output.parent.mkdir(exist_ok=True)
+                report.write(output, report.to_json(found))
             start = time.perf_counter()
-    print(standing.section(found))
-    print(f"\n{sum(made['seconds'] for made in found['made'].values()):.0f} s")
+    return found
+
+
+def main_report(argv: Sequence[str]) -> int:
+    """Runs `report`; raises `UserError` for what the user can mend."""
+    parser = OneLineParser(
+        prog="python -m magic141_jax.evaluation report",
+        description="A report on two weights folders: tables, intervals, plots and videos side by side.",
+    )
+    row = "FOLDER or label=FOLDER, each with :KEY=VALUE,... as a --row of compare; B is held against A"
+    parser.add_argument("a", metavar="A", help=row)
+    parser.add_argument("b", metavar="B", help="as A")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder; goes on with what is there")
+    parser.add_argument("--videos", type=int, default=4, metavar="N", help="captions of each kind that are shown")
+    _plan_flags(parser, compare.Plan(samples=16, draws=2), seeds="0,1,2")
+    args = parser.parse_args(argv)
+    if not 0 <= args.videos <= args.samples:
+        raise UserError(f"--videos is {args.videos}; it must be from 0 to --samples, {args.samples}")
+    plan, rows = _read_plan(args), compare.read_rows(compare.with_labels((args.a, args.b)))
+    versus.require_packages()
+    report.require_folders(args.output)
+    if args.output.is_file():
+        raise UserError(f"{args.output} is a file; name a folder")
+    loaded = compare.load_rows(rows)
+    fps = loaded[0].pipeline.components.sampling.fps
+    shown = [dataclasses.replace(row, weights=record.shown(row.weights)) for row in rows]
+    command = ["python -m magic141_jax.evaluation report", *(shlex.quote(compare.write_row(row)) for row in shown)]
+    command += [f"--output={record.shown(str(args.output))} --videos={args.videos}", _plan_command(args)]
+    videos = versus.Videos(args.output, [row.label for row in rows], seed=plan.seeds[0], count=args.videos, fps=fps)
+    found = _compared(args, plan, loaded, args.output / versus.RECORD, " ".join(command), show=videos)
+    for path in versus.write(args.output, found, {row.label: row.weights for row in shown}):
+        print(f"wrote {path}")
     return 0
 
 
@@ -183,8 +259,14 @@ def _compare_command(args: argparse.Namespace, rows: Sequence[compare.Row]) -> s
     for row in rows:
         paths = {name: record.shown(getattr(row, name)) for name in ("weights", *compare.PARTS)}
         given.append(f"--row={compare.write_row(dataclasses.replace(row, **paths))}")
-    given += [f"--{name}={getattr(args, name)}" for name in ("samples", "draws", "seeds", "splits", "kinds")]
-    return f"python -m magic141_jax.evaluation compare {shlex.join(given)}"
+    return f"python -m magic141_jax.evaluation compare {shlex.join(given)} {_plan_command(args)}"
+
+
+def _plan_command(args: argparse.Namespace) -> str:
+    """The flags of `_plan_flags`, without the paths of this machine."""
+    given = [f"--{name}={getattr(args, name)}" for name in ("samples", "draws", "seeds", "splits", "kinds")]
+    given += [f"--{name}={record.shown(str(path))}" for name in ("clip", "videomae") if (path := getattr(args, name))]
+    return shlex.join(given)
 
 
 def main_drift(argv: Sequence[str]) -> int:
@@ -279,6 +361,47 @@ def main_page(argv: Sequence[str]) -> int:
     return 0
 
 
+def main_vbench(argv: Sequence[str]) -> int:
+    """Runs `vbench`; raises `UserError` for what the user can mend."""
+    parser = OneLineParser(
+        prog="python -m magic141_jax.evaluation vbench", description="Samples for VBench's image-to-video suite."
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the videos; goes on with what is there")
+    parser.add_argument("--weights", default=DEFAULT, metavar="DIR", help="weights folder (default: the embedded one)")
+    parser.add_argument(
+        "--images", type=Path, required=True, metavar="DIR", help="pictures: of the suite, data/crop/RATIO"
+    )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="JSON", help="vbench2_i2v_full_info.json; else the names of the pictures"
+    )
+    parser.add_argument(
+        "--dimensions", default="", metavar="LIST", help="of the prompts: i2v_subject,camera_motion,..."
+    )
+    parser.add_argument(
+        "--samples", type=int, default=5, metavar="N", help="videos of a prompt, each with its own seed"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps (default: the weights' own)")
+    parser.add_argument("--guidance", type=float, metavar="G", help="guidance scale (default: the weights' own)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="draws the samples' seeds")
+    args = parser.parse_args(argv)
+    for name, low, high in (("samples", 1, 100), ("seed", 0, protocol.MAX_SEED)):
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be from {low} to {high}")
+    tasks = vbench.read_tasks(args.images, args.prompts, [d for d in args.dimensions.split(",") if d])
+    given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
+    options = {k: v for k, v in given.items() if v is not None}
+    pipeline = TextToVideoPipeline.from_pretrained(args.weights)
+    about = vbench.describe(pipeline, tasks, options, samples=args.samples, seed=args.seed)
+    paths = vbench.write(pipeline, tasks, args.out, about, options=options)
+    for _ in tqdm(paths, total=len(about["samples"]), unit="video"):
+        pass
+    ratio = vbench.nearest_ratio(about["made"]["height"], about["made"]["width"])
+    custom = "" if args.prompts else f" --mode custom_input --custom_image_folder {args.images}"
+    print(f"{len(about['samples'])} videos of {len(tasks)} prompts in {args.out}; where VBench is installed:")
+    print(f"python evaluate_i2v.py --videos_path {args.out} --dimension i2v_subject --ratio {ratio}{custom}")
+    return 0
+
+
 def _teller(bar: tqdm) -> protocol.Progress:
     """Tells a progress bar what has just been done."""
 
@@ -304,7 +427,13 @@ def _command(args: argparse.Namespace) -> str:
     return " ".join(["python -m magic141_jax.evaluation", *given])
 
 
-COMMANDS = {"compare": main_compare, "drift": main_drift, "page": main_page}
+COMMANDS = {
+    "compare": main_compare,
+    "report": main_report,
+    "drift": main_drift,
+    "page": main_page,
+    "vbench": main_vbench,
+}
 
 if __name__ == "__main__":
     run_entry_point(main)

@@ -16,10 +16,15 @@ and, of the first captions, further draws under other noise. Measures of a kind,
     motion             share of the clips that move as the caption says
     motion_amount      over that of true clips
     frechet            `features.frechet` to true clips of the same scenes (not i2v: started as a caption's picture is)
+    perceptual         `features.perceptual` to the true clip of the same first frame (i2v only)
     diversity          `features.diversity` over noises: of the pictures (t2v), of the clips (i2v, text)
     dit_seconds        of the transformer alone a clip, in batches of one size: t2v is picture and clip
     evaluations        of the network a clip, both passes of guidance counted
     dit_megabytes      of the transformer's parameters on their devices, in the forms that they are held in
+    clip_*, video_*    by published networks, where they are given (`networks`)
+
+and under `by_caption` what each caption has of those that are means over captions, in their order (of the diversity:
+the first ones only), for paired comparison (`paired`).
 
 DiT seconds are the median over batches without the first; the engine keeps text, VAE and compilation apart. Seeds are
 the outer loop, so that what else the machine does falls on all rows alike, and what was measured before a cut is
@@ -30,7 +35,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +46,9 @@ from magic141_jax import weights
 from magic141_jax.data.emoji import EmojiPack
 from magic141_jax.errors import UserError, nearest
 from magic141_jax.evaluation import features, metrics, protocol
-from magic141_jax.evaluation.protocol import BATCH, MAX_SEED, SPLITS, Clips, Progress, Values
+from magic141_jax.evaluation.networks import Networks
+from magic141_jax.evaluation.protocol import BATCH, MAX_SEED, SPLITS, Clips, Progress
+from magic141_jax.evaluation.standing import BY_CAPTION
 from magic141_jax.evaluation.templates import Search
 from magic141_jax.models.mmdit import MMDiTConfig
 from magic141_jax.models.resident import taken
@@ -70,6 +77,7 @@ KEYS = SETTINGS | WINDOWS | PARTS
 FORM = "a row is label=FOLDER or label=FOLDER:steps=4,guidance=1"
 REFERENCE = 128  # true clips that the units of the features come from
 REFERENCE_SEED, NOISE_SEED = 1410, 141
+NO_NETWORKS = Networks()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +122,7 @@ class Judge:
 
     search: Search
     space: features.FeatureSpace
+    networks: Networks = NO_NETWORKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +151,21 @@ def read_rows(texts: Sequence[str], *, fewest: int = 2) -> tuple[Row, ...]:
         if labels.count(label) > 1:
             raise UserError(f"{labels.count(label)} rows are named {label!r}; give each its own label")
     return rows
+
+
+def with_labels(texts: Sequence[str]) -> tuple[str, ...]:
+    """Rows as `read_rows` takes them, where a label may be left out: it is then the folder's name.
+
+    "weights" tells nothing, so that of runs/a/weights it is "a"; of equal names the later ones are numbered.
+    """
+    rows: list[str] = []
+    for text in texts:
+        named = "=" in text and ":" not in text.partition("=")[0]
+        path = Path(text.partition(":")[0].strip())
+        label = path.parent.name if path.name == "weights" and path.parent.name else path.name
+        taken = sum(row.startswith((f"{label}=", f"{label} (")) for row in rows)
+        rows.append(text if named else f"{f'{label} ({taken + 1})' if taken else label}={text}")
+    return tuple(rows)
 
 
 def write_row(row: Row) -> str:
@@ -213,17 +237,31 @@ def identity(loaded: Loaded) -> dict[str, Any]:
 
 
 def compare(
-    loaded: Sequence[Loaded], pack: EmojiPack, plan: Plan, *, progress: Progress = lambda text: None
+    loaded: Sequence[Loaded],
+    pack: EmojiPack,
+    plan: Plan,
+    *,
+    networks: Networks = NO_NETWORKS,
+    progress: Progress = lambda text: None,
+    show: Callable[[int, str, str, Clips, Made], None] = lambda *of: None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Measures all rows, seed by seed.
 
+    Args:
+      loaded: the rows.
+      pack: the emoji.
+      plan: on what they are compared.
+      networks: published ones, that measure too.
+      progress: is told what is done.
+      show: is shown (seed, split, label, true clips, what the row made of them).
+
     Yields:
-      a seed and its values[label][split][kind][measure], when all rows are measured under it.
+      a seed and its `values[label][split][kind][measure]`, when all rows are measured under it.
     """
     num_frames, side, _ = _shape(loaded[0])
     known = protocol.draw_scenes(pack, "train", REFERENCE, seed=REFERENCE_SEED)
     true = protocol.render_clips(pack, known, side=side, num_frames=num_frames)
-    judge = Judge(Search(pack, side), features.FeatureSpace.of(true))
+    judge = Judge(Search(pack, side), features.FeatureSpace.of(true), networks)
     for seed in plan.seeds:
         values: dict[str, dict[str, Any]] = {x.row.label: {} for x in loaded}
         for split in plan.splits:
@@ -232,6 +270,7 @@ def compare(
             for row in loaded:
                 name = row.row.label
                 made = make(row, clips, noises, kinds=plan.kinds)
+                show(seed, split, name, clips, made)
                 progress(f"{name}, {split}, seed {seed}: made")
                 values[name][split] = measure(made, clips, judge, resolved=row.resolved, config=_config(row))
                 for found in values[name][split].values():
@@ -288,27 +327,36 @@ def make(row: Loaded, clips: Clips, noises: np.ndarray, *, kinds: Sequence[str] 
 
 def measure(
     made: Made, clips: Clips, judge: Judge, *, resolved: SamplingOptions, config: MMDiTConfig
-) -> dict[str, Values]:
+) -> dict[str, dict[str, Any]]:
     """The measures of the module docstring, by kind."""
     values = {}
     for kind, frames in made.clips.items():
         true = clips.made["truth" if kind == "i2v" else "posters"]
-        found = {f"last_{k}": v for k, v in protocol.frame_values(frames[:, -1], clips.scenes, judge.search).items()}
+        each = {f"last_{k}": v for k, v in protocol.each_frame(frames[:, -1], clips.scenes, judge.search).items()}
         if kind == "i2v":
-            found["first_frame_psnr"] = protocol.mean(
-                metrics.psnr(a, b) for a, b in zip(frames[:, 0], true[:, 0], strict=True)
-            )
+            each["first_frame_psnr"] = [metrics.psnr(a, b) for a, b in zip(frames[:, 0], true[:, 0], strict=True)]
         else:
-            first = protocol.frame_values(frames[:, 0], clips.scenes, judge.search)
-            found |= {f"first_{k}": v for k, v in first.items()}
+            first = protocol.each_frame(frames[:, 0], clips.scenes, judge.search)
+            each |= {f"first_{k}": v for k, v in first.items()}
         space = judge.space
-        values[kind] = found | {
-            **protocol.clip_values(frames, clips.scenes, true),
-            "frechet": features.frechet(space.statistics(frames), space.statistics(true)),
-            "diversity": features.diversity([space.maps(draw) for draw in made.draws[kind]]),
-            "dit_seconds": made.seconds[kind],
-            "evaluations": evaluations(resolved, config) * (2 if kind == "t2v" else 1),
-        }
+        if kind == "i2v":
+            each["perceptual"] = features.perceptual(space.maps(frames), space.maps(true))
+        judged, whole = judge.networks.measure(frames, clips.captions, true)
+        if kind != "i2v":
+            judged.pop("clip_perceptual", None)  # a clip from text alone has no true one to be held against
+        each |= judged
+        each |= protocol.each_clip(frames, clips.scenes, true)
+        each["diversity"] = features.diversity_of_each([space.maps(draw) for draw in made.draws[kind]])
+        values[kind] = (
+            {name: protocol.mean(of) for name, of in each.items()}
+            | whole
+            | {
+                "frechet": features.frechet(space.statistics(frames), space.statistics(true)),
+                "dit_seconds": made.seconds[kind],
+                "evaluations": evaluations(resolved, config) * (2 if kind == "t2v" else 1),
+                BY_CAPTION: {name: _short(of) for name, of in each.items()},
+            }
+        )
     return values
 
 
@@ -317,8 +365,8 @@ def evaluations(options: SamplingOptions, config: MMDiTConfig) -> int:
     network is told its scale.
     """
     steps = options.num_inference_steps
-    walked = 2 * steps - 1 if options.sampler == "heun" else steps  # Heun's last step is an Euler step
-    return walked * (1 if options.guidance_scale == 1 or config.guidance_embedding else 2)
+    walked = 2 * steps - 1 if options.sampler == "heun" else steps  # Heun's last step is an Euler step  # pyright: ignore[reportOperatorIssue]
+    return walked * (1 if options.guidance_scale == 1 or config.guidance_embedding else 2)  # pyright: ignore[reportOperatorIssue]
 
 
 def megabytes(row: Loaded) -> float:
@@ -363,6 +411,11 @@ def _read_row(text: str) -> Row:
             raise UserError(f"row {label}: {key} is {value!r}; it must be {what}") from None
     parts = {name: given.pop(name) for name in PARTS if name in given}
     return Row(label, folder, given, **parts)
+
+
+def _short(values: Iterable[float]) -> list[float]:
+    """Numbers to five digits, for the file that holds them all."""
+    return [float(f"{value:.5g}") for value in values]
 
 
 def _once(values: tuple[Any, ...], flag: str) -> tuple[Any, ...]:

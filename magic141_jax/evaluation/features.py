@@ -13,7 +13,7 @@ G_k is a Gaussian of 1, 2 and 4 pixels (of 64), G_0 none, on the torus that the 
 - `FeatureSpace.statistics`: mean and deviation of the nine over all cells and frames, 18 numbers a clip. They do not
   say where a subject is, so few clips tell their distribution: `frechet`.
 - `FeatureSpace.maps`: the nine in 8 x 8 cells of every frame. They say where a subject is and how it looks, and less
-  of pixel noise than pixels do: `diversity`.
+  of pixel noise than pixels do: `diversity`, `perceptual`.
 
 Both are in units of their deviation over a fixed set of true clips.
 """
@@ -71,14 +71,18 @@ def scatter(clip: np.ndarray) -> np.ndarray:
     return _average_cells(np.concatenate([levels[-1], np.stack([*detail, *change], -1)], -1))
 
 
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
+def frechet(a: np.ndarray, b: np.ndarray, *, shrink: bool = True) -> float:
     """The Fréchet distance of the Gaussians of two samples (n, d) and (m, d), both of at least two rows:
 
         |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))                         (Heusel 2017, arXiv 1706.08500)
 
+    in float64. S_a S_b has the eigenvalues of S_a^(1/2) S_b S_a^(1/2), which is symmetric: its trace of the root is
+    real and stable for covariances of any rank, where a general matrix square root is not.
+
     With fewer samples than dimensions a covariance has empty directions, in which any two samples seem to differ.
-    So correlations are shrunk, S = (1 - w) C + w diag(C) with w = d / (d + min(n, m)), the same w for both: equal
-    samples keep distance 0, variances stay, and w vanishes as samples grow.
+    So, unless `shrink` is False (as FID and FVD are published), correlations are shrunk, S = (1 - w) C + w diag(C) with
+    w = d / (d + min(n, m)), the same w for both: equal samples keep distance 0, variances stay, and w vanishes as
+    samples grow.
 
     Bias: two independent samples of one distribution do not have distance 0, but some tr(S) (1/n + 1/m) from the
     means and as much again from the covariances; it falls as 1/n. Compare values of equal n and m only. Shrunk
@@ -88,13 +92,34 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     fewest, d = min(len(a), len(b)), a.shape[1]
     if fewest < 2:
         raise ValueError("a covariance takes at least two samples")
-    weight = d / (d + fewest)
+    weight = d / (d + fewest) if shrink else 0.0
     first, second = (_shrink(np.atleast_2d(np.cov(x, rowvar=False)), weight) for x in (a, b))
     values, vectors = np.linalg.eigh(first)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ second @ root), 0)).sum()
     distance = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(first) + np.trace(second) - 2 * cross
     return float(max(distance, 0.0))
+
+
+def perceptual(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """A distance of two sets of clips' feature maps, in the form of LPIPS (Zhang 2018, arXiv 1801.03924).
+
+    Each place's features are scaled to length 1, and the squared difference is averaged over places and frames. All
+    channels count alike: LPIPS weighs those of its own networks by human judgements, of which there are none here.
+
+    Args:
+      a, b: (n, t, ..., channels).
+
+    Returns:
+      (n,), from 0 (the same) to 4.
+    """
+
+    def directions(x: np.ndarray) -> np.ndarray:
+        x = np.asarray(x, np.float64)
+        return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-10)
+
+    pairs = zip(a, b, strict=True)  # one clip at a time: a network's maps are large
+    return np.array([((directions(x) - directions(y)) ** 2).sum(-1).mean() for x, y in pairs])
 
 
 def diversity(draws: Sequence[np.ndarray]) -> float:
@@ -106,10 +131,15 @@ def diversity(draws: Sequence[np.ndarray]) -> float:
     Returns:
       the root mean square difference of two draws, mean over pairs of draws and captions.
     """
+    return float(np.mean(diversity_of_each(draws)))
+
+
+def diversity_of_each(draws: Sequence[np.ndarray]) -> np.ndarray:
+    """`diversity` caption by caption: (n,)."""
     pairs = list(itertools.combinations([np.asarray(d, np.float64).reshape(len(d), -1) for d in draws], 2))
     if not pairs:
         raise ValueError("diversity takes at least two draws")
-    return float(np.mean([np.sqrt(np.mean((a - b) ** 2, axis=1)) for a, b in pairs]))
+    return np.mean([np.sqrt(np.mean((a - b) ** 2, axis=1)) for a, b in pairs], axis=0)
 
 
 def _average_cells(values: np.ndarray) -> np.ndarray:

@@ -126,7 +126,7 @@ def text(index: Index, found: Mapping[str, Mapping[str, Any]], *, where: str) ->
         lines += ["Not run yet."] if made is None else _body(experiment, made, f"{where}/{experiment.file}")
         if experiment.commands:
             lines += ["", "To repeat it:", "", "```sh", *(c.strip() for c in experiment.commands), "```"]
-    lines += ["", "## What the columns are", "", standing.NOTES]
+    lines += ["", "## What the columns are", "", *standing.notes([made["rows"] for made in found.values()])]
     if any(e.goal for e in index.experiment):
         lines += ["", standing.GOAL]
     return "\n".join(lines) + "\n"

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from magic141_jax.errors import UserError
-from magic141_jax.evaluation.standing import KINDS, TABLE
+from magic141_jax.evaluation.standing import KINDS, TABLE, paired
 
 Axis = Literal["steps", "evaluations", "megabytes"]
 
@@ -145,6 +145,49 @@ def over_time(
             panel.set_axis_off()
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
         return _svg(figure)
+
+
+def intervals(rows: Mapping[str, Any], split: str) -> str:
+    """The SVG of paired differences to the first row with their intervals (`standing.paired`).
+
+    A line of panels for each kind of clip, a panel for each unit, a point for each measure and later row; where nothing
+    differs is a dashed line.
+
+    Raises:
+      UserError: matplotlib isn't installed.
+    """
+    matplotlib, figure_class = _matplotlib()
+    found = {kind: paired(rows, split, kind) for kind in KINDS if _has_kind(rows, split, kind)}
+    columns = {column.measure: column for column in TABLE}
+    units = list(dict.fromkeys(columns[m].against.unit for of in found.values() for row in of.values() for m in row))
+    shape = max(len(found), 1), max(len(units), 1)
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+        figure = figure_class(figsize=(PANEL_INCHES[0] * shape[1], PANEL_INCHES[1] * shape[0]), layout="constrained")
+        panels = figure.subplots(*shape, squeeze=False)
+        for (kind, of), line in zip(found.items(), panels):
+            for unit, panel in zip(units, line):
+                measures = [m for m in columns if any(m in row for row in of.values())]
+                measures = [m for m in measures if columns[m].against.unit == unit]
+                if not measures:
+                    panel.set_axis_off()
+                    continue
+                for i, (label, row) in enumerate(of.items()):
+                    y = np.arange(len(measures)) + 0.2 * (i - (len(of) - 1) / 2)
+                    values = np.array([row[m][:3] for m in measures], np.float64).T
+                    errors = np.nan_to_num(np.abs(values[1:] - values[0]))
+                    panel.errorbar(values[0], y, xerr=errors, fmt="o", capsize=3, color=f"C{i % 10}", label=label)
+                panel.axvline(columns[measures[0]].against.of(1.0, 1.0), color="grey", linestyle="--", linewidth=1)
+                panel.set_yticks(range(len(measures)), [_label(m).split(" / ")[0] for m in measures])
+                panel.set_ylim(len(measures) - 0.5, -0.5)
+                panel.set_title(f"{KINDS[kind]}, {unit}", fontsize=9)
+        names = {name: h for panel in panels.flat for h, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+        if names:
+            figure.legend(names.values(), names, loc="outside upper center", ncols=6, frameon=False)
+        return _svg(figure)
+
+
+def _has_kind(rows: Mapping[str, Any], split: str, kind: str) -> bool:
+    return all(kind in seed for row in rows.values() for seed in row["values"][split].values())
 
 
 def _matplotlib() -> tuple[Any, Any]:

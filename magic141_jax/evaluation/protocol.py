@@ -35,6 +35,7 @@ BATCH = 16
 MAX_SEED = 2**31
 
 Values = dict[str, float]
+Each = dict[str, list[float]]  # a value a clip
 Progress = Callable[[str], None]
 
 
@@ -171,31 +172,42 @@ def evaluate_clips(clips: Clips, search: Search, *, progress: Progress = lambda 
 
 
 def frame_values(images: np.ndarray, scenes: Sequence[Scene], search: Search) -> Values:
-    """Identity and colour of frames (n, y, x, 3).
+    """Identity and colour of frames (n, y, x, 3): the means of `each_frame`."""
+    return {name: mean(values) for name, values in each_frame(images, scenes, search).items()}
+
+
+def each_frame(images: np.ndarray, scenes: Sequence[Scene], search: Search) -> Each:
+    """Identity and colour of each of the frames (n, y, x, 3).
 
     identity: nearest to the right subject and really drawn (`scorers.Identity.shows`); nearest, top5: by distance
     only, which a blob may pass; subject_psnr and outline: of the frame against its nearest template.
     """
     found = [scorers.identify(search, image) for image in images]
     return {
-        "identity": mean(f.shows(s.subject) for f, s in zip(found, scenes, strict=True)),
-        "nearest": mean(f.near(s.subject, 1) for f, s in zip(found, scenes, strict=True)),
-        "top5": mean(f.near(s.subject, 5) for f, s in zip(found, scenes, strict=True)),
-        "drawn": mean(f.drawn for f in found),
-        "subject_psnr": mean(f.psnr for f in found),
-        "outline": mean(f.outline for f in found),
-        "colour": mean(
-            metrics.colour_name(metrics.background(image)) == s.colour for image, s in zip(images, scenes, strict=True)
-        ),
+        "identity": [float(f.shows(s.subject)) for f, s in zip(found, scenes, strict=True)],
+        "nearest": [float(f.near(s.subject, 1)) for f, s in zip(found, scenes, strict=True)],
+        "top5": [float(f.near(s.subject, 5)) for f, s in zip(found, scenes, strict=True)],
+        "drawn": [float(f.drawn) for f in found],
+        "subject_psnr": [f.psnr for f in found],
+        "outline": [f.outline for f in found],
+        "colour": [
+            float(metrics.colour_name(metrics.background(image)) == s.colour)
+            for image, s in zip(images, scenes, strict=True)
+        ],
     }
 
 
 def clip_values(clips: np.ndarray, scenes: Sequence[Scene], reference: np.ndarray) -> Values:
-    """Motion of clips (n, t, y, x, 3): the share that moves as the caption says, and its amount to the data's."""
-    amount = mean(metrics.motion_amount(c) for c in clips)
+    """Motion of clips (n, t, y, x, 3): the means of `each_clip`."""
+    return {name: mean(values) for name, values in each_clip(clips, scenes, reference).items()}
+
+
+def each_clip(clips: np.ndarray, scenes: Sequence[Scene], reference: np.ndarray) -> Each:
+    """Whether each of the clips (n, t, y, x, 3) moves as its caption says, and how much, to the data's mean."""
+    unit = max(mean(metrics.motion_amount(c) for c in reference), 1e-9)
     return {
-        "motion": mean(scorers.read_motion(c) == s.motion for c, s in zip(clips, scenes, strict=True)),
-        "motion_amount": amount / max(mean(metrics.motion_amount(c) for c in reference), 1e-9),
+        "motion": [float(scorers.read_motion(c) == s.motion) for c, s in zip(clips, scenes, strict=True)],
+        "motion_amount": [metrics.motion_amount(c) / unit for c in clips],
     }
 
 

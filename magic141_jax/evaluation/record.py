@@ -1,6 +1,7 @@
 """A comparison on disk: one JSON file that grows by a seed at a time, so that what is cut off can go on.
 
-    rows        {label: {digests, options, settings, values[split][seed][kind][measure]}}, see `compare.identity`
+    rows        {label: {digests, options, settings, values[split][seed][kind][measure]}}, see `compare.identity`;
+                and values[split][seed][kind]["by_caption"][measure], a list, which older records lack
     settings    {seeds, splits, samples, draws, pack}, see `compare.Plan`; seeds are those that are measured
     made        {seed: {date, device, versions, seconds}}: a later seed may come from another day and machine
     standings   {split: ...}, see `standing.standings`
@@ -61,7 +62,7 @@ def resume(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> dic
 
 
 def add(record: Mapping[str, Any], seed: int, values: Mapping[str, Any], *, seconds: float) -> dict[str, Any]:
-    """The record with one more seed: its values[label][split] as `compare.compare` yields them, and how long it took.
+    """The record with one more seed: its `values[label][split]` as `compare.compare` yields them, and how long it took.
 
     Date, device and versions are those of this moment and process.
     """
@@ -136,14 +137,23 @@ def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**flatten({"rows": rows, "settings": settings}), "order of rows": list(rows)}
 
 
-def _numbers(kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Values by kind and measure, None as nan; counts stay whole."""
-    found = {kind: {k: float("nan") if v is None else v for k, v in of.items()} for kind, of in kinds.items()}
-    for kind, of in found.items():
-        for measure, value in of.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"{kind} {measure} is {value!r}, no number")
+def _numbers(kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Values by kind and measure, those of captions too, None as nan; counts stay whole."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind, of in kinds.items():
+        found[kind] = {k: _number(v, f"{kind} {k}") for k, v in of.items() if k != standing.BY_CAPTION}
+        if standing.BY_CAPTION in of:
+            listed = of[standing.BY_CAPTION].items()
+            found[kind][standing.BY_CAPTION] = {k: [_number(v, f"{kind} {k}") for v in each] for k, each in listed}
     return found
+
+
+def _number(value: Any, where: str) -> float:
+    if value is None:
+        return float("nan")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{where} is {value!r}, no number")
+    return value
 
 
 def _require(have: Any, want: Any, where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ COLUMNS = {"train": "training captions", "triples": "held-out triples", "subject
 SHEET_FRAMES = (0, 4, 8, 12, 16)
 SHEET_SCALE = 2
 LABEL_HEIGHT = 14
+_LISTED = re.compile(r"\[\s+(?:(?:-?[\d.][\d.e+-]*|null),?\s+)+\]")
 
 
 class Row(NamedTuple):
@@ -146,7 +148,7 @@ def contact_sheet(clips: np.ndarray, captions: tuple[str, ...]) -> Image.Image:
 
 
 def to_json(results: Mapping[str, Any]) -> str:
-    """The results as JSON; nan becomes null."""
+    """The results as JSON; nan becomes null. A list of numbers takes one line."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -155,7 +157,8 @@ def to_json(results: Mapping[str, Any]) -> str:
             return [clean(v) for v in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(clean(results), indent=2) + "\n"
+    text = json.dumps(clean(results), indent=2)
+    return _LISTED.sub(lambda match: f"[{' '.join(match[0][1:-1].split())}]", text) + "\n"
 
 
 def require_folders(*paths: Path | None) -> None:

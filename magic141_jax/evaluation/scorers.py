@@ -96,7 +96,7 @@ def interior_agreement(frame: np.ndarray, template: np.ndarray, alpha: np.ndarra
     if inside.sum() < SMALLEST_INTERIOR * alpha.size / CANVAS**2:
         return float("nan")
     weight = np.maximum(_blur(mask), 1e-3)
-    ours, theirs = (metrics.gradients(_blur(f * mask) / weight)[inside] for f in (frame, template))
+    ours, theirs = (metrics.gradients(_blur(f * mask) / weight)[inside] for f in (frame, template))  # pyright: ignore[reportCallIssue]
     return float(np.sum(ours * theirs) / math.sqrt(np.sum(ours**2) * np.sum(theirs**2) + 1e-9))
 
 

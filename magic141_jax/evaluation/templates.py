@@ -54,7 +54,7 @@ class Bank:
         self.keys, self.canvas = keys, canvas
         pictures = draw_all(pack, keys, canvas)
         colour, alpha = pictures[:, :3], pictures[:, 3:]
-        self.spectra = np.conj(scipy.fft.rfft2(pictures, workers=-1))
+        self.spectra = np.conj(scipy.fft.rfft2(pictures, workers=-1))  # pyright: ignore[reportCallIssue]
         self.energy = np.einsum("ncyx,ncyx->n", colour, colour)
         self.cross = np.einsum("ncyx,nyx->nc", colour, alpha[:, 0])
         self.alpha_energy = np.einsum("nyx,nyx->n", alpha[:, 0], alpha[:, 0])
@@ -64,13 +64,13 @@ class Bank:
         deviation = frame - colour
         weighted = np.concatenate([deviation, -(deviation @ colour)[..., None]], axis=-1).transpose(2, 0, 1)
         spectrum = scipy.fft.rfft2(weighted.astype(np.float32), workers=-1)
-        product = np.einsum("nckl,ckl->nkl", self.spectra, spectrum)
+        product = np.einsum("nckl,ckl->nkl", self.spectra, spectrum)  # pyright: ignore[reportCallIssue]
         surface = scipy.fft.irfft2(product, (self.canvas, self.canvas), workers=-1)
         own = self.energy - 2 * self.cross @ colour + self.alpha_energy * (colour @ colour)
         shifts, peaks = _peaks(surface)
         errors = (deviation**2).sum() + own - 2 * peaks
         return [
-            Placement(*map(int, key), tuple(map(float, shift)), float(error))
+            Placement(*map(int, key), tuple(map(float, shift)), float(error))  # pyright: ignore[reportCallIssue]
             for key, shift, error in zip(self.keys, shifts, errors, strict=True)
         ]
 

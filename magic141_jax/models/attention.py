@@ -152,7 +152,7 @@ def _exchanged(
             q, k, v, mask = (jnp.concatenate(part(x, pattern.text, group), axis=1) for x in (q, k, v, mask))
         out = BACKENDS[backend](q, k, v, mask[:, None], pattern)
         if pattern is not None:
-            out = join(*jnp.split(out, [out.shape[1] - pattern.text], axis=1), group)
+            out = join(*jnp.split(out, [out.shape[1] - pattern.text], axis=1), group)  # pyright: ignore[reportCallIssue]
     return swap(out, split_axis=1, concat_axis=2) if group > 1 else out
 
 
@@ -285,7 +285,7 @@ def _cudnn(q: Array, k: Array, v: Array, mask: Array, pattern: Pattern | None) -
         "query_seq_lengths": jnp.full(q.shape[0], q.shape[1], jnp.int32),
         "key_value_seq_lengths": mask[:, 0].sum(1, dtype=jnp.int32),
     }
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)  # pyright: ignore[reportCallIssue]
 
 
 def _splash(q: Array, k: Array, v: Array, mask: Array, pattern: Pattern | None) -> Array:
@@ -419,7 +419,7 @@ def _backward_splash(inputs: tuple[Array, ...], out: Array, lse: Array, dout: Ar
 
     def one(inputs: tuple[Any, ...], out: Array, lse: Array, dout: Array) -> tuple:
         saved = (*inputs, None, out, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
-        return splash._splash_attention_bwd(*given, saved, dout)[3:6]
+        return splash._splash_attention_bwd(*given, saved, dout)[3:6]  # pyright: ignore[reportCallIssue]
 
     rows = [fill_up(x, filled[0].shape[2]).swapaxes(1, 2) for x in (out, lse, dout.astype(q.dtype))]
     dq, dk, dv = (x.swapaxes(1, 2).astype(jnp.float32) for x in jax.vmap(one)(filled, *rows))

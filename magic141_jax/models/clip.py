@@ -4,8 +4,8 @@
     images (b, y, x, 3)   ->  patch states (b, l, d), row by row, without the class token's
 
 The text tower gives HunyuanVideo and FLUX their pooled vector. The vision tower is the eye of LLaVA, which reads the
-states one layer before the end, so that `layers` counts the layers that are run and nothing follows them. The
-projections into CLIP's common space are never needed.
+states one layer before the end, so that `layers` counts the layers that are run and nothing follows them. `Clip` is
+both towers whole, with their projections into the common space, where evaluation compares texts and pictures.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(words|positions)\.embedding", (None, "fsdp")),
     (r"patch\.kernel", (None, "fsdp")),
     (r"norm\.(scale|bias)|class_token", ()),
+    (r"(text|image)_projection\.kernel", ("fsdp", None)),
 )
 
 
@@ -115,6 +116,10 @@ class ClipVision(nnx.Module):
         Raises:
           UserError: images of another size.
         """
+        return self.states(images)[:, 1:]
+
+    def states(self, images: Images) -> Float[Array, "b l+1 d"]:
+        """As the call, with the class token's state before those of the patches."""
         side = self.config.image
         if images.shape[1:] != (side, side, 3):
             raise UserError(f"CLIP takes images of {side}x{side}x3, got {'x'.join(map(str, images.shape[1:]))}")
@@ -122,7 +127,36 @@ class ClipVision(nnx.Module):
         first = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1) + self.positions(jnp.arange(x.shape[1] + 1))[None]
         x = self.norm(x).astype(self.config.compute_dtype)
-        return self.encoder(x, jnp.ones(x.shape[:2], bool))[:, 1:]
+        return self.encoder(x, jnp.ones(x.shape[:2], bool))
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """Both towers, all of their layers, and the width of their common space; CLIP-L/14 by default."""
+
+    text: ClipTextConfig = ClipTextConfig()
+    vision: ClipVisionConfig = ClipVisionConfig(image=224, layers=24)
+    projection: int = 768
+
+
+class Clip(nnx.Module):
+    """Texts and pictures in one space, as CLIP was trained to compare them."""
+
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.text, self.vision = ClipText(config.text, rngs=rngs), ClipVision(config.vision, rngs=rngs)
+        self.vision_norm = affine_norm(config.vision.width, config.vision.epsilon, rngs=rngs)
+        self.text_projection = Linear(config.text.width, config.projection, bias=False, rngs=rngs)
+        self.image_projection = Linear(config.vision.width, config.projection, bias=False, rngs=rngs)
+
+    def embed_text(self, ids: TokenIds) -> Pooled:
+        """Token ids (b, s) -> (b, projection), not normalised."""
+        return self.text_projection(self.text(ids)[1])
+
+    def embed_images(self, images: Images) -> tuple[Pooled, Float[Array, "b l d"]]:
+        """Images (b, y, x, 3), normalised as CLIP's are -> (b, projection), not normalised, and the patch states."""
+        states = self.vision.states(images)
+        return self.image_projection(self.vision_norm(states[:, 0])), states[:, 1:]
 
 
 def _layers(config: ClipTextConfig | ClipVisionConfig, *, causal: bool) -> EncoderConfig:

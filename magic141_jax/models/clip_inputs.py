@@ -60,14 +60,15 @@ class ClipPooler:
 class ImageProcessor:
     """How a picture becomes the input of a CLIP vision tower: shorter side, square crop, mean and deviation of colours.
 
-    The picture is resized (bicubic, in 8 bits) until its shorter side is `size`, its centre of `crop` x `crop` is
-    kept, and (value / 255 - mean) / std is taken channel by channel.
+    The picture is resized (by the filter `resample`, in 8 bits) until its shorter side is `size`, its centre of
+    `crop` x `crop` is kept, and (value / 255 - mean) / std is taken channel by channel.
     """
 
     size: int = 336
     crop: int = 336
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    resample: int = Image.Resampling.BICUBIC
 
     def __post_init__(self) -> None:
         if not 1 <= self.crop <= self.size:
@@ -86,7 +87,7 @@ class ImageProcessor:
         short = min(picture.size)
         sides = tuple(int(self.size * side / short) for side in picture.size)
         left, top = ((side - self.crop) // 2 for side in sides)
-        resized = np.asarray(picture.resize(sides, Image.Resampling.BICUBIC))
+        resized = np.asarray(picture.resize(sides, self.resample))
         return resized[top : top + self.crop, left : left + self.crop]
 
 
@@ -123,8 +124,8 @@ def read_clip_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def read_image_processor(file: Path) -> ImageProcessor:
-    """Reads preprocessor_config.json.
+def read_image_processor(file: Path, *, resample: int = Image.Resampling.BICUBIC) -> ImageProcessor:
+    """Reads preprocessor_config.json of a network whose pictures are resized by the filter `resample`.
 
     Raises:
       UserError: the file is missing or damaged, or asks for something else than `ImageProcessor` does.
@@ -132,7 +133,7 @@ def read_image_processor(file: Path) -> ImageProcessor:
     theirs = weights.read_json(Path(file))
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
     wrong = [f"{step} = {theirs[step]!r}" for step in steps if not theirs.get(step, True)]
-    if theirs.get("resample", Image.Resampling.BICUBIC) != Image.Resampling.BICUBIC:
+    if theirs.get("resample", resample) != resample:
         wrong.append(f"resample = {theirs['resample']!r}")
     if abs(theirs.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         wrong.append(f"rescale_factor = {theirs['rescale_factor']!r}")
@@ -146,7 +147,7 @@ def read_image_processor(file: Path) -> ImageProcessor:
     if wrong:
         raise UserError(f"{file} asks for {', '.join(wrong)}; a CLIP image processor is needed")
     colours = {ours: _triple(file, key, theirs[key]) for ours, key in _COLOURS.items() if key in theirs}
-    return ImageProcessor(side, square.pop(), **colours)
+    return ImageProcessor(side, square.pop(), **colours, resample=resample)
 
 
 _COLOURS = {"mean": "image_mean", "std": "image_std"}

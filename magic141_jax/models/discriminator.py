@@ -32,7 +32,7 @@ from jaxtyping import Array, Float
 
 from magic141_jax.errors import UserError
 from magic141_jax.models import layers as nn
-from magic141_jax.models.mmdit import REMAT, TIME_SCALE, MMDiTConfig
+from magic141_jax.models.mmdit import TIME_SCALE, MMDiTConfig
 from magic141_jax.shapes import Frames, Pooled, Times
 
 HeadLogits = Float[Array, "k b l"]
@@ -159,7 +159,7 @@ class FeatureHeads(nnx.Module):
         graphdef, state = nnx.split(self.heads)
 
         # Recomputed in the backward pass: what a head holds is larger than the features that it is made from.
-        @REMAT["full"]
+        @nn.REMAT["full"]
         def head(_: None, layer: tuple[nnx.State, Array]) -> tuple[None, Array]:
             weights, tokens = layer
             return None, nnx.merge(graphdef, weights)(tokens, condition)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +149,7 @@ def _taps(x: jax.Array, kernel: jax.Array, *, stride: Stride) -> jax.Array:
     b, t, *space, c = x.shape
     taps = kernel.shape[0]
     frames = (t - taps) // stride[0] + 1
-    total = None
+    total: Any = None
     for tap in range(taps):
         picked = x[:, tap : tap + (frames - 1) * stride[0] + 1 : stride[0]]
         part = jax.lax.conv_general_dilated(

@@ -12,6 +12,7 @@ Two layouts are chosen for speed and meshes; `convert/` accounts for both:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -35,6 +36,15 @@ LECUN_STACKED: Initializer = jax.nn.initializers.variance_scaling(
     1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,)
 )
 ZEROS: Initializer = jax.nn.initializers.zeros
+
+# what the backward pass recomputes of a block: nothing, all of it, or all but matrix products
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda body: body,
+    "full": functools.partial(jax.checkpoint, prevent_cse=False),
+    "dots": functools.partial(
+        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+}
 
 
 @jax.custom_vjp
@@ -103,12 +113,12 @@ class Linear(nnx.Module):
 class Embedder(nnx.Module):
     """A two-layer MLP with SiLU between: times, pooled text and guidance enter through one each."""
 
-    def __init__(self, inputs: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, width: int, *, rngs: nnx.Rngs, outputs: int | None = None):
         self.up = Linear(inputs, width, rngs=rngs)
-        self.down = Linear(width, width, rngs=rngs)
+        self.down = Linear(width, width if outputs is None else outputs, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        """x (b, in) -> (b, d)."""
+        """x (b, in) -> (b, d), or (b, outputs)."""
         return self.down(jax.nn.silu(self.up(x)))
 
 

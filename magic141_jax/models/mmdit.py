@@ -58,6 +58,7 @@ class MMDiTConfig:
       hold_known: whether unknown frames carry the last known one on the known channels, instead of zeros.
       patch: latent values joined into a token along frames, height and width.
       width: d; normally heads * head_width, though pruned networks may have fewer heads.
+      condition_width: of the vector that modulates the blocks (`sparsity.structured.condense`); 0 is d.
       refiner_blocks: blocks of the token refiner; with 0 the text enters through a linear map alone.
       mlp_ratio: MLP width over d.
       rope_axes: head dims rotated by the frame, row and column position; they sum to head_width.
@@ -89,6 +90,7 @@ class MMDiTConfig:
     single_blocks: int = 40
     refiner_blocks: int = 2
     mlp_ratio: float = 4.0
+    condition_width: int = 0
     rope_axes: tuple[int, int, int] = (16, 56, 56)
     rope_theta: float = 256.0
     absolute_positions: bool = False
@@ -122,6 +124,11 @@ class MMDiTConfig:
     def mlp_width(self) -> int:
         """m, the hidden width of the MLPs."""
         return int(self.width * self.mlp_ratio)
+
+    @property
+    def conditions(self) -> int:
+        """How many values modulate the blocks."""
+        return self.condition_width or self.width
 
 
 def hunyuan_13b() -> MMDiTConfig:
@@ -207,18 +214,10 @@ SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"modulation_out\.kernel", ("fsdp", "tensor")),
 )
 
-REMAT: dict[str, Callable[[Callable], Callable]] = {
-    "none": lambda body: body,
-    "full": functools.partial(jax.checkpoint, prevent_cse=False),
-    "dots": functools.partial(
-        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    ),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every block of a forward pass sees: silu(c) (b, d), RoPE tables (1, j, 1, 1, k) and the key mask (b, j).
+    """What every block of a forward pass sees: silu(c) (b, e), RoPE tables (1, j, 1, 1, k) and the key mask (b, j).
 
     `layout` says where the j tokens lie. With known="replace" also silu(c_0) (b, d), and which of the j tokens it is
     for (b, j).
@@ -240,7 +239,7 @@ class Stream(nnx.Module):
         self.config = config
         inner = config.heads * config.head_width
         linear = functools.partial(nn.Linear, layers=layers, rngs=rngs)
-        self.modulation = linear(config.width, modulations * config.width, init=nn.ZEROS)
+        self.modulation = linear(config.conditions, modulations * config.width, init=nn.ZEROS)
         parts = jnp.arange(modulations) % 3 == 2  # (shift, scale, gate), once or twice
         self.modulation.bias[...] += config.gate_start * jnp.repeat(parts, config.width)[None]
         self.qkv = linear(config.width, 3 * inner)
@@ -253,7 +252,7 @@ class Stream(nnx.Module):
         """The shifts, scales and gates of this stream: (b, 1, d) each, or (b, j, d) where `known` (b, j) is given."""
 
         def parts(vector: Array) -> list[Array]:
-            return jnp.split(self.modulation(vector)[:, None], self.modulation.bias.shape[-1] // self.config.width, -1)
+            return jnp.split(self.modulation(vector)[:, None], self.modulation.bias.shape[-1] // self.config.width, -1)  # pyright: ignore[reportOptionalMemberAccess]
 
         if known is None:
             return parts(context.vector)
@@ -405,13 +404,13 @@ def _scan(
     def one(carry: Any, weights: nnx.State) -> Any:
         return run(nnx.merge(graphdef, weights), jax.tree.map(hold, carry))
 
-    block = REMAT[remat](one)
+    block = nn.REMAT[remat](one)
     features, slots = (None, None) if kept is None else (kept.features, kept.slots)
 
     def body(carry: tuple[Any, Any], layer: tuple[Any, Any]) -> tuple[tuple[Any, Any], Any]:
         (x, features), (weights, slot) = carry, layer
         x = block(x, weights)
-        if features is not None:
+        if kept is not None:
             features = features.at[slot].set(kept.video(x), mode="drop", unique_indices=True)
         return (x, features), x if collect else None
 
@@ -426,13 +425,14 @@ class MMDiT(nnx.Module):
         self.config = config
         d, patch_values = config.width, config.patch[0] * config.patch[1] * config.patch[2]
         self.patch_in = nn.Linear(patch_values * config.in_channels, d, rngs=rngs)
-        self.time_in = nn.Embedder(config.time_features, d, rngs=rngs)
-        self.pooled_in = nn.Embedder(config.pooled_width, d, rngs=rngs)
-        self.guidance_in = nn.Embedder(config.time_features, d, rngs=rngs) if config.guidance_embedding else None
+        embedder = functools.partial(nn.Embedder, width=d, outputs=config.conditions, rngs=rngs)
+        self.time_in = embedder(config.time_features)
+        self.pooled_in = embedder(config.pooled_width)
+        self.guidance_in = embedder(config.time_features) if config.guidance_embedding else None
         self.text_in = TokenRefiner(config, rngs=rngs)
         self.double_blocks = DoubleBlocks(config, rngs=rngs)
         self.single_blocks = SingleBlocks(config, rngs=rngs)
-        self.modulation_out = nn.Linear(d, 2 * d, rngs=rngs, init=nn.ZEROS)
+        self.modulation_out = nn.Linear(config.conditions, 2 * d, rngs=rngs, init=nn.ZEROS)
         self.patch_out = nn.Linear(d, patch_values * config.out_channels, rngs=rngs, init=nn.ZEROS)
 
     def __call__(
@@ -517,7 +517,7 @@ class MMDiT(nnx.Module):
             return joint, last
         return joint, {"double_blocks.video": first[0], "double_blocks.text": first[1], "single_blocks": last}
 
-    def _condition(self, features: Array, pooled: Array, guidance: Array | None = None) -> Float[Array, "b d"]:
+    def _condition(self, features: Array, pooled: Array, guidance: Array | None = None) -> Float[Array, "b condition"]:
         """The vector that modulates every block, in float32: it is cheap and everything hangs on it."""
         condition = self.time_in(features) + self.pooled_in(pooled.astype(jnp.float32))
         if guidance is not None:

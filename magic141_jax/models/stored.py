@@ -118,9 +118,9 @@ class Stored(nnx.Module):
     def dot(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> x W (..., out) in the dtype of x."""
         held, dtype = self._matrix(x.dtype), x.dtype
-        if self.form.activations:
-            x = qwix.quantize(x, self.form.activations, channelwise_axes=range(x.ndim - 1))
-        return qwix.dot(x, held).astype(dtype)
+        act = self.form.activations
+        given = qwix.quantize(x, act, channelwise_axes=range(x.ndim - 1)) if act else x
+        return qwix.dot(given, held).astype(dtype)
 
     def _dense(self) -> jax.Array:
         held = self._matrix(jnp.float32)
@@ -150,11 +150,12 @@ def stored(network: Network, forms: Mapping[str, Form]) -> Network:
     def change(path: str, node: nnx.Module, rngs: nnx.Rngs) -> None:
         del rngs
         form = forms.get(f"{path}{KERNEL}")
-        if form is None or not isinstance(getattr(node, "kernel", None), nnx.Variable):
+        kernel = getattr(node, "kernel", None)
+        if form is None or not isinstance(kernel, nnx.Variable):
             return
-        layers, shape = split_stack(node.kernel.shape)
+        layers, shape = split_stack(kernel.shape)
         try:
-            node.kernel = Stored(shape, form, layers=layers)
+            node.kernel = Stored(shape, form, layers=layers)  # pyright: ignore[reportAttributeAccessIssue]
         except UserError as error:
             raise UserError(f"{path}{KERNEL}: {error}") from None
         found.add(f"{path}{KERNEL}")

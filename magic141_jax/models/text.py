@@ -157,7 +157,7 @@ class MiniLMTextEncoder:
           UserError: a file is missing, damaged, or doesn't fit the others.
         """
         folder = Path(folder)
-        mapping = weights.read_json(folder / "config.json")
+        mapping = weights.read_config(folder / "config.json")
         if mapping.pop("model", None) != "bert":
             raise UserError(f'{folder / "config.json"} is not of a BERT text encoder (its "model" must be "bert")')
         forms = mapping.pop(stored.KEY, None)

@@ -8,6 +8,7 @@ frames are in [0, 1] outside and in [-1, 1] inside the networks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ class VideoVAE(nnx.Module):
     `config` has latent_channels, spatial_factor, temporal_factor, tiling, and latent_mean and latent_std: one number
     per channel, or a single one for all.
     """
+
+    config: Any
 
     def encode(self, frames: Frames) -> tuple[Latents, Latents]:
         """Frames (b, t, y, x, 3) in [-1, 1] -> mean and log-variance of the raw latents (b, f, h, w, c)."""

@@ -93,7 +93,7 @@ def examples(pipeline: TextToVideoPipeline, prompts: Sequence[str] = PROMPTS, *,
     else:
         shown = None
         if components.text_encoder.image_tokens:
-            shown = [np.full((options.height, options.width, 3), 0.5, np.float32)] * len(prompts)
+            shown = [np.full((options.height, options.width, 3), 0.5, np.float32)] * len(prompts)  # pyright: ignore[reportCallIssue]
         encoded = engine.encode_text(prompts, options, images=shown)
         cond, negative = engine.condition(encoded, options, images=None if shown is None else np.stack(shown))
     made.append((cond, engine.denoise(cond, negative, options, purpose=FIRST_WINDOW)))

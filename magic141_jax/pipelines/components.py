@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from magic141_jax import settings, sharding, weights
+from magic141_jax import embedded, settings, sharding, weights
 from magic141_jax.convert import flux_dit, hub, hunyuan_dit, repository
 from magic141_jax.convert import lora as lora_lib
 from magic141_jax.convert.memory import require_memory
@@ -44,7 +44,7 @@ from magic141_jax.pipelines.media import Fit
 from magic141_jax.pytree import Params, cast, flatten, require_match, unflatten
 
 DEFAULT = "default"
-DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "weights" / "emoji64_4step"
+DEFAULT_FOLDER = embedded.ROOT / "weights" / "emoji64_4step"
 TEXT_ENCODERS = {"bert": MiniLMTextEncoder.from_folder}
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_processor")
 CACHE_VARIABLE = "MAGIC141_JAX_CACHE"
@@ -161,7 +161,7 @@ def load_components(
     own = weights.part(folder, "transformer")
     if transformer is not None:
         own = _replacement(Path(transformer).expanduser(), own)
-    index = weights.read_json(folder / "model_index.json")
+    index = weights.read_config(folder / "model_index.json")
     dtype = dtype or default_dtype()
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}; float32 and bfloat16 are known")
@@ -189,7 +189,7 @@ def _refiner(folder: Path, transformer: Model, *, dtype: Dtype, mesh: jax.shardi
     Raises:
       UserError: it is for a transformer of other sizes.
     """
-    mapping = weights.read_json(folder / "config.json")
+    mapping = weights.read_config(folder / "config.json")
     mapping.pop("model", None)
     config = settings.build(adapters.RefinerConfig, mapping, where=f"{folder.name}/config.json")
     network = adapters.adapted(transformer.network, config.rank, paths=config.paths)
@@ -209,7 +209,7 @@ def default_dtype() -> Dtype:
 
 def _replacement(given: Path, own: Path) -> Path:
     """The transformer that takes the place of a folder's own, if it reads and writes the same channels."""
-    theirs, ours = (weights.read_json(path / "config.json") for path in (given, own))
+    theirs, ours = (weights.read_config(path / "config.json") for path in (given, own))
     wrong = [f"{k} {theirs[k]} in place of {ours[k]}" for k in SEAM if k in theirs and theirs[k] != ours.get(k)]
     if wrong:
         raise UserError(f"the transformer {given} does not fit {own.parent}: it has {', '.join(wrong)}")
@@ -242,15 +242,13 @@ def _own_components(
     lend: Mapping[str, Lend],
 ) -> Components:
     """The parts of a weights folder of ours, its transformer from `own`, which is `dtype`."""
-    if index.get("format") != 1:
-        raise UserError(f"{folder / 'model_index.json'} has format {index.get('format')!r}; this version reads 1")
     sampling = settings.build(SamplingSettings, index.get("sampling", {}), where="model_index.sampling")
     part = functools.partial(weights.part, folder)
     models = {
         "transformer": load_model(own, overrides={"compute_dtype": dtype}, mesh=mesh, lend=lend["transformer"]),
         **{name: load_model(part(name), mesh=mesh, lend=lend[name]) for name in ("vae", "image_encoder")},
     }
-    kind = weights.read_json(part("text_encoder") / "config.json").get("model")
+    kind = weights.read_config(part("text_encoder") / "config.json").get("model")
     read_text = _pick(TEXT_ENCODERS, kind, part("text_encoder"))
     text_encoder = read_text(part("text_encoder"), mesh=mesh, lend=lend["text_encoder"])
     return Components(folder=folder, text_encoder=text_encoder, sampling=sampling, mesh=mesh, **models)
@@ -302,7 +300,7 @@ def load_model(
       UserError: a file missing or damaged, an unknown model or config key, parameters that do not fit it, or too
         little memory for them.
     """
-    mapping = weights.read_json(folder / "config.json")
+    mapping = weights.read_config(folder / "config.json")
     if repository.is_published(mapping):
         return Model(*repository.load(folder, mesh=mesh, lend=lend, **(overrides or {})))
     kind, kernels = mapping.pop("model", None), mapping.pop(stored.KEY, None)
@@ -354,7 +352,7 @@ def enable_compilation_cache() -> None:
     A cache folder that was already chosen (jax_compilation_cache_dir) stays. Without a writable folder there is a
     warning and no cache. An empty $MAGIC141_JAX_CACHE switches the cache off.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen == "":

@@ -140,7 +140,7 @@ class Engine:
         texts = [*prompts, *negative] if twice else list(prompts)
         shown = None
         if images is not None and self.components.text_encoder.image_tokens:
-            black = np.zeros((options.height, options.width, 3), np.float32)
+            black = np.zeros((options.height, options.width, 3), np.float32)  # pyright: ignore[reportCallIssue]
             shown = [*images, *[black] * (len(texts) - len(prompts))]
         encode = functools.partial(self.components.text_encoder.encode, texts, shown)
         if len(texts) not in self._text_sizes:

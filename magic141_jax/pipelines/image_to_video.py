@@ -66,7 +66,7 @@ class ImageToVideoPipeline(Pipeline):
 def as_pictures(image: ImageLike | Sequence[ImageLike], count: int) -> list[np.ndarray]:
     """One image, or `count` of them (a list, or an array with a batch axis) -> `count` arrays (y, x, 3) of any size."""
     several = isinstance(image, list | tuple) or (isinstance(image, np.ndarray) and image.ndim == 4)
-    pictures = [read_image(i) for i in (image if several else [image])]
+    pictures = [read_image(i) for i in (image if several else [image])]  # pyright: ignore[reportGeneralTypeIssues]
     if len(pictures) not in (1, count):
         raise UserError(f"{len(pictures)} images for {count} prompts; give one, or one each")
     return pictures * (count // len(pictures))

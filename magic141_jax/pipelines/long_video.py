@@ -133,12 +133,12 @@ def _from_text_alone(
     pipeline: TextToVideoPipeline, prompt: str, options: SamplingOptions, total: int, image: ImageLike | None
 ) -> VideoStream:
     """One window of a network that knows of no earlier frames."""
-    if image is not None or total > options.num_frames:
+    if image is not None or total > options.num_frames:  # pyright: ignore[reportOperatorIssue]
         raise UserError(
             f"these weights make clips of {options.num_frames} frames from text alone; "
             "to animate an image or for a longer video take image-to-video weights"
         )
-    frames = pipeline.direct([prompt], dataclasses.replace(options, output_type="np")).frames[0, :total]
+    frames = pipeline.direct([prompt], dataclasses.replace(options, output_type="np")).frames[0, :total]  # pyright: ignore[reportCallIssue]
     return VideoStream(frames[0], iter([frames]))
 
 

@@ -121,7 +121,7 @@ class BackgroundWriter:
     """
 
     def __init__(self, path: Path, fps: float, metadata: Mapping[str, Any], *, upscale: int = 1) -> None:
-        self._sink = FORMATS[path.suffix.lower()](path, fps, metadata)
+        self._sink = FORMATS[path.suffix.lower()](path, fps, metadata)  # pyright: ignore[reportCallIssue]
         self._upscale = upscale
         self._queue: queue.Queue[np.ndarray | None] = queue.Queue(maxsize=4)
         self._error: BaseException | None = None
@@ -143,7 +143,7 @@ class BackgroundWriter:
         if error is not None or self._error is not None:
             with contextlib.suppress(Exception):  # the first error is the one to report
                 self._sink.close()
-            if error is None:
+            if error is None and self._error is not None:
                 raise self._error
             return
         self._sink.close()

@@ -209,7 +209,7 @@ def _check_ranges(options: SamplingOptions) -> None:
 def _check_windows(options: SamplingOptions, window: int, components: Components) -> None:
     """What can't be done with a long video's windows of so many latent frames."""
     overlap, dropped = options.overlap_latents, components.sampling.dropped_frames
-    if not 1 <= overlap < max(window, 2):
+    if not 1 <= overlap < max(window, 2):  # pyright: ignore[reportOperatorIssue]
         raise UserError(f"overlap_latents is {overlap}; a window has {window} latent frames")
     if options.carry == "latents" and overlap == 1:
         raise UserError("carry is 'latents', but a single known latent is always encoded anew; raise overlap_latents")

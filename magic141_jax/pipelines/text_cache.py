@@ -52,9 +52,9 @@ class CachedTextEncoder:
         there = _in_all_processes([states is not None for states in known])
         for i in np.flatnonzero(~there):
             picture = None if pictures[i] is None else [pictures[i]]
-            made = self._encoder.encode([prompts[i]], picture)
+            made = self._encoder.encode([prompts[i]], picture)  # pyright: ignore[reportCallIssue]
             known[i] = TextStates(*(np.asarray(leaf)[0] for leaf in made))
-            write(paths[i], save(known[i]._asdict()))
+            write(paths[i], save(known[i]._asdict()))  # pyright: ignore[reportOptionalMemberAccess]
         return TextStates(*map(np.stack, zip(*known, strict=True)))
 
     def _path(self, prompt: str, picture: np.ndarray | None) -> Path:

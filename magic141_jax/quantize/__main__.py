@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> OneLineParser:
-    parser = OneLineParser(prog="python -m magic141_jax.quantize", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="python -m magic141_jax.quantize", description=str(__doc__).splitlines()[0])
     add = parser.add_argument
     add("source", metavar="SRC", help=f'a weights folder, ours or in diffusers\' layout, a Hub id, or "{DEFAULT}"')
     add("target", metavar="DST", type=Path, help="the folder to write")

@@ -86,7 +86,8 @@ def quantize(matrix: jax.Array, form: Form, norms: jax.Array | None = None) -> q
     group, axis = form.group or rows, matrix.ndim - 2
     weight = 1.0 if norms is None else jnp.square(jnp.asarray(norms, jnp.float32))[..., None]
     channels = [i for i in range(matrix.ndim) if i != axis]
-    best, least = None, None
+    best: Any = None
+    least: Any = None
     for clip in CLIPS.get(form.values, (1.0,)):
         made = qwix.quantize(
             matrix,
@@ -146,7 +147,7 @@ def find_keep(kernel: jax.Array) -> tuple[int, int] | None:
 
 def _kept(values: jax.Array, mask: jax.Array, form: Form) -> jax.Array:
     """The values under a mask that keeps n of each group, in order: (..., kept, out)."""
-    n, m = form.keep
+    n, m = form.keep  # pyright: ignore[reportGeneralTypeIssues]
     rows = mask.shape[-2]
     grouped = (*mask.shape[:-2], rows // (m or rows), m or rows, mask.shape[-1])
     order = jnp.argsort(~mask.reshape(grouped), axis=-2, stable=True)[..., :n, :]

@@ -2,14 +2,14 @@
 
     python -m magic141_jax.sparsity default runs/half --pattern unstructured --sparsity 0.5
     python -m magic141_jax.sparsity default runs/nm --pattern 2:4
-    python -m magic141_jax.sparsity default runs/slim --single_blocks 3 --heads 3 --neurons 512
+    python -m magic141_jax.sparsity default runs/slim --single_blocks 3 --heads 3 --neurons 512 --conditions 80
 
-Blocks, heads and neurons are cut out: DST's network is smaller and faster everywhere. Single weights become zeros,
-which `python -m magic141_jax.quantize` packs away. The least important go, measured on samples of some prompts: single
-weights by their size and that of what enters them (Wanda), heads and neurons by what their map's output loses when the
-others are moved to do their work, which they then are (`--score surgeon`; other scores move nothing), blocks by how far
-the velocities are off without them. The last lines tell what is left, how far the result is off, and the flags with
-which train.py recovers what was lost.
+Blocks, heads, neurons and values of the condition are cut out: DST's network is smaller and faster everywhere. Single
+weights become zeros, which `python -m magic141_jax.quantize` packs away. The least important go, measured on samples of
+some prompts: single weights by their size and that of what enters them (Wanda), heads and neurons by what their map's
+output loses when the others are moved to do their work, which they then are (`--score surgeon`; other scores move
+nothing), conditions always so, blocks by how far the velocities are off without them. The last lines tell what is left,
+how far the result is off, and the flags with which train.py recovers what was lost.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> OneLineParser:
-    parser = OneLineParser(prog="python -m magic141_jax.sparsity", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="python -m magic141_jax.sparsity", description=str(__doc__).splitlines()[0])
     add = parser.add_argument
     add("source", metavar="SRC", help=f'a weights folder, ours or in diffusers\' layout, a Hub id, or "{DEFAULT}"')
     add("target", metavar="DST", type=Path, help="the folder to write")
@@ -82,6 +82,7 @@ def _parser() -> OneLineParser:
     add("--paths", default=PruningConfig.paths, help="regex on the kernels that --pattern is for")
     add("--heads", type=int, help="attention heads to keep in every block")
     add("--neurons", type=int, help="MLP neurons to keep in every block")
+    add("--conditions", type=int, help="values to keep of the vector that modulates the blocks")
     add("--double_blocks", type=int, help="double-stream blocks to keep")
     add("--single_blocks", type=int, help="single-stream blocks to keep")
     add("--score", choices=("surgeon", "activation", "magnitude"), default="surgeon", help="what counts (surgeon)")
@@ -91,7 +92,7 @@ def _parser() -> OneLineParser:
 
 
 def _sizes(args: argparse.Namespace) -> dict[str, int | None]:
-    return {name: getattr(args, name) for name in ("heads", "neurons", *STACKS)}
+    return {name: getattr(args, name) for name in ("heads", "neurons", "conditions", *STACKS)}
 
 
 def _cut(model: Model, args: argparse.Namespace, found: Sequence[Example]) -> Model:
@@ -109,6 +110,10 @@ def _cut(model: Model, args: argparse.Namespace, found: Sequence[Example]) -> Mo
         elif keep is not None:
             found_scores = scores(_kernels(model.params), _norms(model, args, found))
             model = _shrunk(model, structured.silence(model.network.config, model.params, kind, found_scores, keep))
+    if args.conditions is not None:
+        (gram,) = calibration.grams(*model, found, structured.CONDITION).values()
+        config, params = structured.condense(model.network.config, model.params, gram[0], args.conditions)
+        model = Model(Network.create(MMDiT, config), params)
     return model
 
 

@@ -205,7 +205,7 @@ def sparse(optimizer: Optimizer, config: PruningConfig, params: Params, *, updat
     jax.eval_shape(last_masks, params)  # raises what does not fit
     return dataclasses.replace(
         optimizer,
-        transform=pruned(optimizer.transform, config, norms),
+        transform=pruned(optimizer.transform, config, norms),  # pyright: ignore[reportAttributeAccessIssue]
         project=project,
         metrics=lambda state: {"sparsity": pruned_share(state)},
     )

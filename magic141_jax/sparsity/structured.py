@@ -8,13 +8,15 @@ pruning is two steps, silencing (a mask like any other, kept through training) a
 
 Layers of a kind are stacked, and all of them have the same sizes. So a layer keeps as many heads and neurons as any
 other (which ones is its own choice), and of blocks any may go. The fused maps of single-stream blocks are sliced by
-their parts: the columns of `qkv` head by head, those of `mlp_up` neuron by neuron.
+their parts: the columns of `qkv` head by head, those of `mlp_up` neuron by neuron. The vector that modulates all blocks
+is one for all of them, and is made shorter at once (`condense`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -38,6 +40,9 @@ OUTER = {  # maps out of units, a regex over their paths
     "heads": r"blocks(\..*)?\.attention_out$",
     "neurons": r"^(double|single)_blocks\..*\.mlp_down$",
 }
+CONDITION = r"^double_blocks\.video\.modulation$"  # a map that reads the condition of every token, known ones too
+READERS = r"(^|\.)modulation(_out)?\.kernel$"  # all maps that read it
+WRITERS = r"^(time_in|pooled_in|guidance_in)\.down\.(kernel|bias)$"
 COLUMNS, ROWS, LAYERS = -1, -2, 0
 
 
@@ -237,6 +242,39 @@ def operate(
         flat |= {path: kernel.astype(flat[path].dtype) for path, kernel in zip(paths, moved, strict=True)}
         _mask(flat, group, kept)
     return unflatten(flat)
+
+
+def condense(config: MMDiTConfig, params: Params, gram: jax.Array, keep: int) -> tuple[MMDiTConfig, Params]:
+    """The network with only `keep` values of the vector that modulates its blocks, by `sparsity.surgeon`.
+
+    A few-step student is modulated by few times, and by prompts that vary in few directions, while the maps that read
+    them are a quarter of its parameters. All of these read the same vector, so they are operated on as one.
+
+    Args:
+      config, params: the network.
+      gram: (d, d), the sum of x x^T over what enters these maps.
+      keep: values that stay.
+
+    Returns:
+      The smaller network's config and parameters.
+
+    Raises:
+      UserError: fewer than one value would stay, or more than there are.
+    """
+    if not 1 <= keep <= config.conditions:
+        raise UserError(f"{config.conditions} values modulate the blocks, of which 1 to all can be kept, not {keep}")
+    flat = flatten(params)
+    readers = {path: jnp.moveaxis(leaf, -2, 0) for path, leaf in flat.items() if re.search(READERS, path)}
+    rows = {path: leaf.reshape(config.conditions, -1) for path, leaf in readers.items()}
+    together = jnp.concatenate(list(rows.values()), axis=1)
+    kept, (moved,) = surgeon.operate([together[None]], [gram[None]], units=config.conditions, keep=keep)
+    chosen = np.flatnonzero(kept[0])
+    ends = np.cumsum([part.shape[1] for part in rows.values()])[:-1]
+    for (path, leaf), part in zip(readers.items(), jnp.split(moved[0], ends, axis=1)):
+        own = part[chosen].reshape(keep, *leaf.shape[1:])
+        flat[path] = jnp.moveaxis(own, 0, -2).astype(leaf.dtype)
+    flat |= {path: leaf[..., chosen] for path, leaf in flat.items() if re.search(WRITERS, path)}
+    return dataclasses.replace(config, condition_width=keep), unflatten(flat)
 
 
 def _kept(config: MMDiTConfig, kind: str, keep: int | Mapping[str, int]) -> list[tuple[Group, int]]:

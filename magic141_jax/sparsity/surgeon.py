@@ -54,8 +54,8 @@ def _one_layer(
 
     def take_one(_: int, state: tuple) -> tuple:
         alive, pairs = state
-        cheapest = jnp.argmin(jnp.where(alive, sum(_costs(*pair, alive) for pair in pairs), jnp.inf))
-        return alive.at[cheapest].set(False), tuple(_without(*pair, cheapest, units) for pair in pairs)
+        cheapest = jnp.argmin(jnp.where(alive, sum(_costs(*pair, alive) for pair in pairs), jnp.inf))  # pyright: ignore[reportCallIssue]
+        return alive.at[cheapest].set(False), tuple(_without(*pair, cheapest, units) for pair in pairs)  # pyright: ignore[reportCallIssue]
 
     pairs = tuple((kernel, jnp.linalg.inv(hessian)) for kernel, hessian in zip(kernels, hessians, strict=True))
     alive, _ = jax.lax.fori_loop(0, units - keep, take_one, (jnp.ones(units, bool), pairs))

@@ -106,7 +106,7 @@ class Autoencoding:
         first, second = jax.random.split(key)
         params = {VAE: self.vae.init(first)}
         if self.config.adversarial:
-            params[DISCRIMINATOR] = self.discriminator.init(second)
+            params[DISCRIMINATOR] = self.discriminator.init(second)  # pyright: ignore[reportOptionalMemberAccess]
         return params
 
     def components(self, params: Mapping[str, Params]) -> dict[str, tuple[str, Any, Params]]:

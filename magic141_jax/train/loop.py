@@ -226,7 +226,8 @@ class _Guard:
     """Asks the watch at its steps, and stops the run or takes it back where a line is crossed."""
 
     def __init__(self, watch: Watch | None, config: TrainConfig, checkpoints: Checkpoints, writer: MetricWriter):
-        self._watch, self._checkpoints, self._writer = watch, checkpoints, writer
+        self._watch: Any = watch  # not asked for anything where there is none
+        self._checkpoints, self._writer = checkpoints, writer
         self.every = watch.config.every if watch is not None else 0
         if self.every and (config.save_every % self.every or config.steps % self.every):
             raise UserError(
@@ -267,7 +268,7 @@ class _Guard:
         layout = abstract(state)
         jax.tree.map(lambda x: x.delete(), state)
         self._checkpoints.delete_after(good[-1])
-        state, saved = self._checkpoints.restore(layout, None, step=good[-1])
+        state, saved = self._checkpoints.restore(layout, None, step=good[-1])  # pyright: ignore[reportGeneralTypeIssues]
         totals = {"seconds": progress.seconds, "samples": progress.samples, "rollbacks": progress.rollbacks + 1}
         progress.go_to({**saved, **totals})
         logging.warning("%s; rollback %d of %d, %s", breach, progress.rollbacks, config.max_rollbacks, where)

@@ -60,12 +60,14 @@ class Method(Protocol):
     """A training objective over named roles.
 
     Attributes:
+      config: of its class's `Config`.
       roles: the trained roles, in the order in which they are updated.
       cadence: a role is updated at every step divisible by its number; a missing role counts as 1.
       frozen: parameters that the losses read under their own role names and that are never updated or saved. Large
         ones lie over the mesh already, as those of `Parts.teacher` do.
     """
 
+    config: Any
     roles: tuple[str, ...]
     cadence: Mapping[str, int]
     frozen: Mapping[str, Params]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
 
@@ -56,8 +56,8 @@ class MetricWriter:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._board_dir = Path(workdir) / "tensorboard"
         self._steps, self._progress = steps, progress
-        self._board: SummaryWriter | None = None
-        self._bar: tqdm | None = None
+        self._board: Any = None  # this and the bar are there once it is started
+        self._bar: Any = None
 
     def start(self, step: int) -> None:
         """Opens the files at `step`, dropping what was written after it: by a killed run, or before a rollback."""

@@ -51,7 +51,7 @@ def jit_step(
     """The jitted program behind a step, (state, batch, frozen, *, active), to be called or to be lowered."""
     step = functools.partial(_step, method, optimizers, accumulate=accumulate)
     return jax.jit(
-        step if layout is None else sharding.over(layout.step.mesh, step),
+        step if layout is None else sharding.over(layout.step.mesh, step),  # pyright: ignore[reportAttributeAccessIssue]
         static_argnames="active",
         donate_argnums=0,
         out_shardings=None if layout is None else (layout, None),

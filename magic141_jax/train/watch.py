@@ -193,8 +193,8 @@ class Watch:
             return made.reshape(config.prompts, config.seeds, *made.shape[1:])
 
         # Frozen parameters and records are arguments: constants of a program are copied to every device.
-        student = jax.jit(functools.partial(clips, method.sample))
-        teacher = jax.jit(functools.partial(clips, functools.partial(method.reference, steps=config.teacher_steps)))
+        student = jax.jit(functools.partial(clips, method.sample))  # pyright: ignore[reportAttributeAccessIssue]
+        teacher = jax.jit(functools.partial(clips, functools.partial(method.reference, steps=config.teacher_steps)))  # pyright: ignore[reportAttributeAccessIssue]
         frozen = dict(method.frozen)
         return cls.create(
             config,

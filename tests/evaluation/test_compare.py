@@ -16,7 +16,7 @@ from magic141_jax.convert import hunyuan_dit, lora
 from magic141_jax.diffusion import guidance, samplers, timesteps
 from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.errors import UserError
-from magic141_jax.evaluation import compare, metrics, protocol
+from magic141_jax.evaluation import compare, metrics, protocol, standing
 from magic141_jax.evaluation.compare import Loaded, Made, Plan, Row
 from magic141_jax.evaluation.features import FeatureSpace
 from magic141_jax.pipelines.components import load_model
@@ -192,6 +192,8 @@ def test_true_clips_have_the_best_values(pack, search, moving):
     for kind in ("i2v", "t2v"):
         best = {"last_identity": 1, "last_nearest": 1, "last_colour": 1, "motion": 1, "motion_amount": 1, "frechet": 0}
         assert {k: found[kind][k] for k in best} == pytest.approx(best, abs=1e-6)
+        for measure, each in found[kind][standing.BY_CAPTION].items():
+            assert len(each) == len(scenes) and np.mean(each) == pytest.approx(found[kind][measure], rel=1e-4, abs=1e-9)
     assert (found["t2v"]["first_identity"], found["t2v"]["first_nearest"]) == (1, 1)
     assert found["i2v"]["first_frame_psnr"] == metrics.PSNR_CEILING
     assert (found["i2v"]["diversity"], found["t2v"]["diversity"] > 0) == (0, True)

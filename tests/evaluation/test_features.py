@@ -7,7 +7,7 @@ from scipy import ndimage
 
 from magic141_jax.data.emoji import COLOURS, MOTIONS, Scene
 from magic141_jax.evaluation import features, protocol
-from magic141_jax.evaluation.features import FeatureSpace, diversity, frechet, scatter
+from magic141_jax.evaluation.features import FeatureSpace, diversity, frechet, perceptual, scatter
 
 COLOUR, DETAIL, CHANGE = slice(0, 3), slice(3, 6), slice(6, 9)
 
@@ -165,3 +165,45 @@ def test_pixel_noise_is_little_diversity(space, true_clips):
     clips = true_clips[:8, :1]
     drawn = [space.maps(np.clip(clips + rng.normal(0, 0.1, clips.shape), 0, 1)) for _ in range(2)]
     assert diversity(drawn) < 0.5 * diversity([space.maps(clips), space.maps(true_clips[8:16, :1])])
+
+
+def gaussian(mean, covariance, count=64):
+    """Rows whose sample mean and covariance are exactly these, of any rank."""
+    d = len(mean)
+    rows = np.random.default_rng(d).normal(size=(count, d))
+    rows -= rows.mean(0)
+    rows = np.linalg.qr(rows)[0] * np.sqrt(count - 1)
+    values, vectors = np.linalg.eigh(np.asarray(covariance, float))
+    return np.asarray(mean) + rows @ (vectors * np.sqrt(np.maximum(values, 0))).T
+
+
+def test_frechet_of_gaussians_in_closed_form():
+    """Covariances that commute: |mean difference|^2 + the sum of (root a - root b)^2 of their variances."""
+    a, b = gaussian([0, 1, 2], np.diag([1, 4, 9])), gaussian([1, 1, 0], np.diag([4, 4, 1]))
+    assert frechet(a, b, shrink=False) == pytest.approx(5 + 1 + 0 + 4)
+    assert frechet(a[:, :1], b[:, :1], shrink=False) == pytest.approx(1 + 1)
+    assert frechet(a, a + np.array([3, 0, 4]), shrink=False) == pytest.approx(25)
+    flat = gaussian([0, 0, 0], np.diag([4, 0, 0]))  # of rank one
+    assert frechet(flat, a - [0, 1, 2], shrink=False) == pytest.approx(1 + 4 + 9)
+
+
+@pytest.mark.parametrize("d", [2, 12])
+def test_frechet_agrees_with_a_general_matrix_root(d):
+    generator = np.random.default_rng(d)
+    s, t = (m @ m.T for m in generator.normal(size=(2, d, d)))
+    wanted = np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
+    assert frechet(gaussian([0] * d, s), gaussian([0] * d, t), shrink=False) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_frechet_of_fewer_samples_than_dimensions_is_finite_and_symmetric():
+    a, b = np.random.default_rng(0).normal(size=(2, 5, 40))
+    assert frechet(a, a, shrink=False) == pytest.approx(0, abs=1e-6)
+    assert frechet(a, b, shrink=False) == pytest.approx(frechet(b, a, shrink=False)) and frechet(a, b, shrink=False) > 1
+
+
+def test_perceptual_distance_is_of_directions():
+    a = np.array([[[1.0, 0], [0, 1]]])[None]
+    assert perceptual(a, a * 5) == pytest.approx(0)
+    assert perceptual(a, a[..., ::-1]) == pytest.approx(2)
+    assert perceptual(a, -a) == pytest.approx(4)
+    assert perceptual(np.concatenate([a, a]), np.concatenate([a, -a])) == pytest.approx([0, 4])

@@ -2,18 +2,13 @@
 
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
-from magic141_jax import command_line, settings
 from magic141_jax.errors import UserError
 from magic141_jax.evaluation import compare, page, plots, record, report, standing
 from magic141_jax.evaluation.__main__ import main, parse_compare
-from magic141_jax.experiment import METHODS
 
 
 @pytest.mark.heavy
@@ -100,22 +95,6 @@ def test_the_commands_of_the_repositorys_page_are_read():
         assert args.output.name == experiment.file and len(plan.seeds) >= 3
         steps = [plots.split_label(row.label)[1] for row in rows]
         assert any(steps) == bool(experiment.plot), "a curve has points"
-
-
-def test_the_trainings_of_the_repositorys_page_are_settings_that_exist(monkeypatch):
-    root = Path(__file__).parents[2]
-    monkeypatch.chdir(root)
-    monkeypatch.syspath_prepend(root)
-    commands = [c for e in page.read_index(root / "docs/results/distillation").experiment for c in e.commands]
-    trainings = [shlex.split(c.replace("\\\n", " "))[1:] for c in commands if c.strip().startswith("python train.py")]
-    assert len(trainings) >= 9
-    for words in trainings:
-        values = flags.FlagValues()
-        config_flags.DEFINE_config_file("config", None, "As of train.py.", flag_values=values)
-        flags.DEFINE_string("workdir", None, "As of train.py.", flag_values=values)
-        monkeypatch.setattr(sys, "argv", words)
-        method = command_line.parse(words, values).to_dict()["method"]
-        settings.build(METHODS[method.pop("name")].Config, method, where="config.method")
 
 
 @pytest.mark.parametrize(

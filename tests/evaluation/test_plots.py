@@ -9,6 +9,7 @@ import pytest
 
 from magic141_jax.errors import UserError
 from magic141_jax.evaluation import plots
+from magic141_jax.evaluation.standing import BY_CAPTION
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -70,7 +71,7 @@ def test_svg(axis):
     root = ElementTree.fromstring(text)
     words = {"".join(node.itertext()).strip() for node in root.iter(f"{SVG}text")}
     assert root.tag == f"{SVG}svg" and {"teacher", "i2v", "t2v", plots.AXES[axis]} <= words
-    titles = {"identity, last", "direction", "Fréchet distance"}
+    titles = {"identity, last", "direction", "Fréchet distance (own features)"}
     assert {f"{kind}: {title}" for kind in ("T2V", "I2V") for title in titles} <= words
 
 
@@ -100,3 +101,16 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install -r requirements-dev.txt"):
         plots.draw(ROWS, "train", axis="steps")
+
+
+def test_intervals_are_grouped_by_their_units():
+    each = {"motion": [1.0, 0.0, 1.0], "motion_amount": [1.0, 2.0, 1.5]}
+    other = {"motion": [1.0, 1.0, 1.0], "motion_amount": [1.0, 1.0, 1.0]}
+    rows = {
+        label: {"values": {"train": {"0": {"i2v": {"motion": 0.5, BY_CAPTION: of}}}}}
+        for label, of in (("teacher", each), ("student", other))
+    }
+    text = plots.intervals(rows, "train")
+    assert text == plots.intervals(rows, "train")
+    words = {"".join(n.itertext()).strip() for n in ElementTree.fromstring(text).iter(f"{SVG}text")}
+    assert {"I2V, points", "I2V, %", "direction", "amount of motion", "student"} <= words and "teacher" not in words

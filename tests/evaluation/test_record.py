@@ -24,7 +24,8 @@ ROWS = {
 
 def values(motion=0.9):
     """Of one seed: values[label][split][kind][measure]."""
-    kind = {"last_identity": 0.8, "motion": motion, "frechet": math.nan, "evaluations": 4}
+    each = {"motion": [1.0, 0.0, 1.0], "first_frame_psnr": [30.125, math.nan, 31.0]}
+    kind = {"last_identity": 0.8, "motion": motion, "frechet": math.nan, "evaluations": 4, standing.BY_CAPTION: each}
     return {label: {"train": {"t2v": kind, "i2v": kind}, "subjects": {"i2v": kind}} for label in ROWS}
 
 
@@ -44,6 +45,8 @@ def test_a_record_comes_back_as_it_was(tmp_path):
     of = found["rows"]["student"]["values"]["train"]["3"]["i2v"]
     assert (of["motion"], of["evaluations"]) == (pytest.approx(0.6), 4) and isinstance(of["evaluations"], int)
     assert math.isnan(of["frechet"])
+    assert of[standing.BY_CAPTION]["motion"] == [1, 0, 1] and math.isnan(of[standing.BY_CAPTION]["first_frame_psnr"][1])
+    assert '"first_frame_psnr": [30.125, null, 31.0]' in path.read_text()
     assert standing.section(found) == standing.section(made)
     assert found["standings"]["train"]["student"]["met"] is True
     provenance = found["made"]["3"]

@@ -153,3 +153,48 @@ def test_section():
     assert heads == ["T2V, training captions:", "I2V, training captions:", "I2V, held-out emoji:"]
     assert text.count("- s0 against teacher") == 2
     assert standing.GOAL in text
+
+
+def with_captions(values, each):
+    return {kind: {**of, standing.BY_CAPTION: each} for kind, of in values.items()}
+
+
+def paired_rows(seeds=2):
+    """A student right in one more of ten captions a seed than its teacher, and wrong in none that is right there."""
+    of = {"motion": [1.0] * 5 + [0.0] * 5, "motion_amount": [1.0, 2.0] * 5, "diversity": [0.5] * 4}
+    better = {"motion": [1.0] * 6 + [0.0] * 4, "motion_amount": [0.9, 1.8] * 5, "diversity": [0.4] * 4}
+    made = rows([with_captions(TEACHER, better) for _ in range(seeds)])
+    made["teacher"]["values"]["train"] = {str(i): with_captions(TEACHER, of) for i in range(seeds)}
+    return made
+
+
+def test_pairs_of_all_seeds_have_an_interval():
+    made = paired_rows()
+    found = standing.paired(made, "train", "i2v")["s0"]
+    assert set(found) == {"motion", "motion_amount", "diversity"}
+    motion = found["motion"]
+    assert (motion.value, motion.pairs) == (pytest.approx(10), 20) and 0 <= motion.low < 10 < motion.high <= 30
+    assert found["motion_amount"][:3] == pytest.approx((90, 90, 90))
+    assert found["diversity"] == pytest.approx((80, 80, 80, 8))
+    assert standing.standings(made, "train")["s0"]["paired"]["i2v motion"] == motion._asdict()
+    lines = standing.paired_lines(made, "train", "i2v")
+    assert lines[1] == "Paired with teacher, 8 to 20 pairs, 95 % intervals:"
+    head = cells(lines[-1], "")
+    assert head == ["direction (points)", "amount of motion (%)", "diversity (%)"]
+    motion, amount, diversity = cells(lines[-1], "s0")
+    assert motion.startswith("**+10.0 [+0.0, +2") and amount == "90 [90, 90]" and diversity == "80 [80, 80]"
+    assert lines[-1] in "\n".join(standing.tables(made, "train"))
+    how = {"samples": 10, "draws": 2, "seeds": (0, 1), "splits": ("train",)}
+    assert standing.MORE_NOTES[standing.BY_CAPTION] in standing.section({"rows": made, "settings": how})
+
+
+def test_older_records_have_no_pairs():
+    made = rows(changed())
+    assert standing.paired(made, "train", "i2v") == {"s0": {}} and not standing.paired_lines(made, "train", "i2v")
+    assert "paired" not in standing.standings(made, "train")["s0"]
+    how = {"samples": 10, "draws": 2, "seeds": (0,), "splits": ("train",)}
+    assert standing.MORE_NOTES[standing.BY_CAPTION] not in standing.section({"rows": made, "settings": how})
+    grown = paired_rows()
+    for row in grown.values():
+        del row["values"]["train"]["0"]["i2v"][standing.BY_CAPTION]
+    assert standing.paired(grown, "train", "i2v")["s0"]["motion"].pairs == 10, "of the seed that has them"

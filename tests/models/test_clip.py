@@ -11,7 +11,7 @@ from magic141_jax import sharding
 from magic141_jax.convert import clip as convert
 from magic141_jax.convert.engine import to_ours
 from magic141_jax.errors import UserError
-from magic141_jax.models.clip import SHARDING_RULES, ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
+from magic141_jax.models.clip import SHARDING_RULES, Clip, ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import cast
 from tests.published_text import CLIP_VOCABULARY, clip_text_sizes, clip_vision_sizes, draw, randomise, relative, tensors
@@ -68,6 +68,28 @@ def test_vision_parity_with_transformers(dtype, bound):
     states = apply(params, pictures(70))
     assert states.dtype == dtype and states.shape == (3, config.patches, 32)
     assert relative(np.asarray(states, np.float32), wanted) < bound
+
+
+def test_both_towers_and_their_space_as_in_transformers():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "model_type": "clip",
+        "projection_dim": 20,
+        "text_config": clip_text_sizes(),
+        "vision_config": clip_vision_sizes(image=28),
+    }
+    theirs = randomise(torch, transformers.CLIPModel(transformers.CLIPConfig(**sizes)))
+    with torch.no_grad():
+        text = theirs.get_text_features(torch.tensor(prompts()).long())
+        image = theirs.get_image_features(torch.tensor(pictures(28)).permute(0, 3, 1, 2))
+    text, image = (getattr(of, "pooler_output", of).numpy() for of in (text, image))
+    config = convert.dual_config_to_ours(sizes)
+    network = Network.create(Clip, config)
+    params = to_ours(tensors(theirs), convert.dual_table(config), network.abstract_params)
+    assert relative(np.asarray(network(params, prompts(), method="embed_text")), text) < 1e-5
+    ours, patches = network(params, pictures(28), method="embed_images")
+    assert relative(np.asarray(ours), image) < 1e-5 and patches.shape == (3, 4, 32)
 
 
 @pytest.mark.parametrize(("module", "config"), [(ClipText, TEXT), (ClipVision, VISION)])

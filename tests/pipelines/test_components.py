@@ -1,5 +1,6 @@
 """Where weights are found, how they are placed, and where compiled programs are kept."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magic141_jax import weights
+from magic141_jax import settings, weights
 from magic141_jax.convert import hub, memory
 from magic141_jax.errors import UserError
+from magic141_jax.models import mmdit
+from magic141_jax.models.network import Network
 from magic141_jax.models.resident import at_once
 from magic141_jax.pipelines import components
 from magic141_jax.pipelines.components import enable_compilation_cache, find_folder, load_components, load_model
@@ -65,6 +68,23 @@ def test_bad_index(weights_folder, tmp_path):
         (folder / "model_index.json").write_text(json.dumps(index | change))
         with pytest.raises(UserError, match=message):
             load_components(folder)
+
+
+def test_a_folder_without_numbers_is_read_as_before(weights_folder, tmp_path):
+    """Also one of text to video alone, whose transformer did not say yet that it knows no frames."""
+    folder = tmp_path / "old"
+    shutil.copytree(weights_folder, folder)
+    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
+        file.write_text(json.dumps(weights.read_config(file)))
+    made, new = load_components(folder), load_components(weights_folder)
+    assert made.sampling == new.sampling
+    jax.tree.map(np.testing.assert_array_equal, made.transformer.params, new.transformer.params)
+    network = Network.create(mmdit.MMDiT, dataclasses.replace(mmdit.debug(), known="none", in_channels=4))
+    config = {"model": "mmdit", **settings.to_dict(network.config)}
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), network.abstract_params)
+    weights.save(tmp_path / "t2v", config, params)
+    (tmp_path / "t2v" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "known"}))
+    assert load_model(tmp_path / "t2v").network.config.known == "none"
 
 
 def test_find_folder(weights_folder, tmp_path, monkeypatch):

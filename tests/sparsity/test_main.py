@@ -86,7 +86,7 @@ def kernels_of(folder):
 
 
 def config_of(folder):
-    config = weights.read_json(folder / "transformer" / "config.json")
+    config = weights.read_config(folder / "transformer" / "config.json")
     assert config.pop("model") == "mmdit"
     return config
 

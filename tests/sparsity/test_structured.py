@@ -18,6 +18,8 @@ from magic141_jax.pytree import flatten, require_match, unflatten
 from magic141_jax.sparsity.structured import (
     KINDS,
     OUTER,
+    WRITERS,
+    condense,
     groups,
     keep_best,
     members,
@@ -329,3 +331,28 @@ def test_surgery_takes_out_whole_units_and_moves_the_maps_out_of_them(kind, keep
 def test_surgery_that_makes_no_sense_is_refused(keep):
     with pytest.raises(UserError, match=r"can be kept|no stack of blocks"):
         operate(CONFIG, random_params(CONFIG), "heads", {}, keep)
+
+
+@pytest.mark.parametrize("config", [CONFIG, BARE], ids=["channels", "replace"])
+def test_conditions_that_repeat_others_cost_nothing(run, config):
+    """Half of the condition's values are copies of the others: without them the network computes the same."""
+    params = flatten(random_params(config))
+    half = config.width // 2
+    for path, leaf in params.items():
+        if re.search(WRITERS, path):
+            params[path] = np.concatenate([leaf[..., :half], leaf[..., :half]], -1)
+    params = unflatten(params)
+    rows = np.random.default_rng(3).normal(size=(200, half))
+    rows = np.concatenate([rows, rows], 1)
+    small, cut = condense(config, params, jnp.asarray(rows.T @ rows), half)
+    assert small == dataclasses.replace(config, condition_width=half)
+    require_match(Network.create(MMDiT, small).abstract_params, cut, what="cut")
+    for after, before in zip(run(small, cut), run(config, params)):
+        # the surgeon's damping keeps the maps a percent or so from the exact solution
+        np.testing.assert_allclose(after, before, rtol=0.05, atol=0.02 * float(jnp.abs(before).max()))
+
+
+@pytest.mark.parametrize("keep", [0, 17])
+def test_conditions_that_make_no_sense_are_refused(keep):
+    with pytest.raises(UserError, match=f"1 to all can be kept, not {keep}"):
+        condense(CONFIG, random_params(CONFIG), jnp.eye(16), keep)

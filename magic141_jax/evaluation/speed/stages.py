@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from magic141_jax import flops
+from magic141_jax import embedded, flops
 from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.errors import UserError
 from magic141_jax.models.mmdit import velocity_fn
@@ -39,7 +39,7 @@ from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 from magic141_jax.pytree import Params
 from magic141_jax.shapes import Frames, Latents, Times
 
-SAMPLE = Path(__file__).resolve().parents[3] / "sample.py"
+SAMPLE = embedded.ROOT / "sample.py"
 POLL = 0.005  # seconds between looks at the folder that a start writes into
 
 
@@ -89,7 +89,7 @@ def pieces(pipeline: TextToVideoPipeline, prompt: str, given: Mapping[str, Any])
 
 def first_picture(pipeline: TextToVideoPipeline, options: SamplingOptions) -> np.ndarray:
     """Noise (1, y, x, 3) in the place of a first image: speed doesn't depend on what it shows."""
-    return np.random.default_rng(0).random((1, options.height, options.width, 3), np.float32)
+    return np.random.default_rng(0).random((1, options.height, options.width, 3), np.float32)  # pyright: ignore[reportCallIssue]
 
 
 def still_options(given: Mapping[str, Any]) -> dict[str, Any]:
