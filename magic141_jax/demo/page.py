@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 from fastapi import FastAPI
+from gradio.themes import Base
 
 from magic141_jax.errors import UserError
 from magic141_jax.pipelines import media
@@ -42,7 +43,7 @@ def mount(app: FastAPI, worker: Worker) -> FastAPI:
         auth=None if password is None else authorize,
         allowed_paths=[str(worker.folder.videos.resolve())],
         max_file_size=worker.catalog.limits.upload_bytes,
-        theme=gr.themes.Base(**FONTS),
+        theme=Base(**FONTS),
         footer_links=[],
         ssr_mode=False,
         run_history=False,

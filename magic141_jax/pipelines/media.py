@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 
 import av
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence, PngImagePlugin, UnidentifiedImageError
 
 from magic141_jax.errors import UserError, nearest
 
@@ -55,7 +55,8 @@ class Mp4Sink:
         self._container.metadata["title"] = str(metadata.get("prompt", ""))
         self._container.metadata["comment"] = json.dumps(metadata)
         self._stream = self._container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        self._stream.options = {"crf": "12", "preset": "medium"}
+        # By default the encoder takes as many threads as there are cores, and its frames depend on that.
+        self._stream.options = {"crf": "12", "preset": "medium", "threads": "4"}
         self._stream.pix_fmt = "yuv420p"
         context = self._stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = context.color_range = BT709
@@ -270,6 +271,25 @@ def read_metadata(path: Path) -> dict[str, Any]:
         return json.loads(text)
     except (KeyError, ValueError, OSError) as error:
         raise UserError(f"{path} has no metadata of ours: {error}") from None
+
+
+def read_frames(path: Path) -> Iterator[np.ndarray]:
+    """The decoded frames, uint8 (y, x, 3), of a file of one of `FORMATS`.
+
+    Raises:
+      UserError: it can't be read to its end.
+    """
+    try:
+        if path.suffix.lower() == ".mp4":
+            with av.open(str(path)) as container:
+                for frame in container.decode(video=0):
+                    yield frame.to_ndarray(format="rgb24")
+        else:
+            with Image.open(path) as picture:
+                for frame in ImageSequence.Iterator(picture):
+                    yield np.asarray(frame.convert("RGB"))
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"can't read {path}: {error}; it is damaged, or not what its name says") from None
 
 
 def _from_pil(picture: Image.Image, name: str) -> np.ndarray:

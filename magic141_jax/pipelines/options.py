@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from magic141_jax import __version__, settings
+from magic141_jax import settings
 from magic141_jax.diffusion.samplers import Sampler
 from magic141_jax.diffusion.timesteps import dynamic_shift
 from magic141_jax.errors import UserError
@@ -21,10 +21,6 @@ from magic141_jax.pipelines.components import Components
 MAX_SIDE = 4096
 MAX_STEPS = 1000
 MAX_SEED = 2**32 - 1
-IN_METADATA = (
-    *("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift", "sampler"),
-    *("overlap_latents", "history_noise", "match_colors", "carry", "blend", "anchor", "refine"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,19 +119,6 @@ def resolve(options: Mapping[str, Any], components: Components, *, frames: int |
     if frames is None:
         _check_windows(made, window, components)
     return made
-
-
-def describe(options: SamplingOptions, components: Components) -> dict[str, Any]:
-    """What resolved options and weights say of a video in its metadata, beside what only its maker knows."""
-    return {
-        "seed": options.seed,
-        "fps": components.sampling.fps,
-        "options": {name: getattr(options, name) for name in IN_METADATA},
-        "weights": components.folder.name,
-        "weights_digest": components.digest,
-        "config_digest": components.config_digest,
-        "version": __version__,
-    }
 
 
 def size_cell(components: Components) -> int:

@@ -19,7 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from magic141_jax.errors import OneLineParser, UserError
-from magic141_jax.pipelines.components import DEFAULT
+from magic141_jax.pipelines.components import DEFAULT, default_dtype
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 from magic141_jax.serve.app import make_app
 from magic141_jax.serve.buckets import Limits, make_catalog
@@ -100,17 +100,13 @@ def open_worker(args: argparse.Namespace) -> Worker:
     mesh = None if args.mesh is None else make_mesh(parse_mesh(args.mesh))
     limits = _limits(args)
     folder = Folder(args.state)
-    pipeline = TextToVideoPipeline.from_pretrained(
-        args.weights,
-        image_weights=args.image_weights,
-        dtype=args.dtype,
-        mesh=mesh,
-        offload=args.offload,
-        vae_tiles=args.vae_tiles,
-    )
+    how = {"dtype": args.dtype or default_dtype(), "offload": args.offload, "vae_tiles": args.vae_tiles}
+    pipeline = TextToVideoPipeline.from_pretrained(args.weights, image_weights=args.image_weights, mesh=mesh, **how)
     shapes = {"sizes": args.sizes, "steps": args.steps, "windows": args.windows}
     catalog = make_catalog(pipeline.components, **shapes, upscale=args.upscale, limits=limits)
-    return Worker(pipeline, catalog, folder)
+    # Videos go to strangers: of places they say no more than that it was the default.
+    loading = how | ({"weights": DEFAULT} if args.weights == DEFAULT else {})
+    return Worker(pipeline, catalog, folder, loading=loading)
 
 
 class _Server(uvicorn.Server):

@@ -11,16 +11,14 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from magic141_jax.errors import UserError
-from magic141_jax.pipelines import media
+from magic141_jax.pipelines import media, provenance
 from magic141_jax.pipelines.long_video import stream_video
-from magic141_jax.pipelines.options import describe, resolve
-from magic141_jax.pipelines.schedule import Cue
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 from magic141_jax.serve.buckets import Bucket, Catalog
 from magic141_jax.serve.jobs import Folder, Job
@@ -40,13 +38,20 @@ class _Stop(Exception):
 class Worker:
     """All jobs, and the thread that makes them."""
 
-    def __init__(self, pipeline: TextToVideoPipeline, catalog: Catalog, folder: Folder) -> None:
-        """Takes over the jobs of `folder`."""
+    def __init__(
+        self,
+        pipeline: TextToVideoPipeline,
+        catalog: Catalog,
+        folder: Folder,
+        *,
+        loading: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Takes over the jobs of `folder`; `loading` says in the videos' metadata how the pipeline was loaded."""
         self.catalog, self.folder, self.metrics = catalog, folder, Metrics()
         self.compiled: dict[Bucket, float] = {}
         self.failure: BaseException | None = None
         self.closing = False
-        self._pipeline = pipeline
+        self._pipeline, self._loading = pipeline, loading or {}
         self._on_failure: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
         self._jobs = {job.id: job for job in folder.read()}
@@ -258,16 +263,20 @@ class Worker:
             raise UserError(f"this server no longer makes {job.size} in {job.steps} steps with {job.model!r}")
         options = {**bucket.options, "seed": job.seed}
         total = self.catalog.frames(job.seconds)
-        about = {
-            "prompt": job.prompt,
-            "prompt_schedule": [Cue(*cue)._asdict() for cue in job.prompt_schedule],
-            "image": "input_reference" if job.image else None,
-            "frames": total,
-            "upscale": bucket.upscale,
-            "id": job.id,
-            **describe(resolve(options, self._pipeline.components), self._pipeline.components),
-        }
-        image = media.read_image(self.folder.image(job.id)) if job.image else None
+        file = self.folder.image(job.id) if job.image else None
+        about = provenance.describe(
+            self._pipeline,
+            job.prompt,
+            options,
+            schedule=job.prompt_schedule,
+            frames=total,
+            upscale=bucket.upscale,
+            loading=self._loading,
+            image=file,
+        )
+        about |= {"id": job.id, "image": "input_reference" if job.image else None}
+        about.pop("image_path", None)  # where the server keeps its files is nobody's business
+        image = media.read_image(file) if file else None
         told = {"total_frames": total, "image": image, "schedule": job.prompt_schedule}
         stream = stream_video(self._pipeline, job.prompt, **told, **options)
         with media.staged(self.folder.video(job.id)) as (temporary,):

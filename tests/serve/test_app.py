@@ -12,7 +12,7 @@ import openai
 import pytest
 from PIL import Image
 
-from magic141_jax.pipelines import media
+from magic141_jax.pipelines import media, provenance
 from magic141_jax.pipelines.long_video import stream_video
 from tests.serve.conftest import LIMITS, serve, wait
 
@@ -92,6 +92,7 @@ def test_a_picture_and_a_schedule(server, tmp_path, form):
     assert server.client.videos.poll(id, poll_interval_ms=50).status == "completed"
     about = media.read_metadata(server.worker.folder.video(id))
     assert (about["image"], about["prompt_schedule"]) == ("input_reference", cues)
+    assert "image_path" not in about and provenance.picture(about).shape == (30, 40, 3)
     assert not list((server.worker.folder.path / "images").iterdir()), "pictures go when their video is there"
 
 
