@@ -34,8 +34,6 @@ from magic141_jax.sharding import AXES, make_mesh, parse_mesh
 
 MAX_SECONDS = 3600.0
 MAX_VIDEOS = 10_000
-MAX_UPSCALED_SIDE = 8192
-WATCHABLE_SIDE = 256
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             pipeline = TextToVideoPipeline.from_pretrained(opened.pop("weights"), **opened)
         options = sampling_options(args)
         resolved = resolve(options, pipeline.components)
-        args.upscale = upscale_factor(args.upscale, resolved.height, resolved.width)
+        args.upscale = media.upscale_factor(args.upscale, resolved.height, resolved.width)
         sampling = pipeline.components.sampling
         fps = sampling.fps
         window = max(resolved.num_frames - sampling.dropped_frames, 1)
@@ -172,16 +170,6 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"--size is {args.size!r}; write 64, or WIDTHxHEIGHT such as 96x64")
         options["width"], options["height"] = int(sides[0]), int(sides[-1])
     return options
-
-
-def upscale_factor(upscale: int | None, height: int, width: int) -> int:
-    """The factor asked for, or one that makes small frames watchable; raises `UserError` unless its size is sane."""
-    most = MAX_UPSCALED_SIDE // max(height, width)
-    if upscale is None:
-        return max(1, WATCHABLE_SIDE // max(height, width))
-    if not 1 <= upscale <= most:
-        raise UserError(f"--upscale is {upscale}; for {width}x{height} it must be from 1 to {most}")
-    return upscale
 
 
 def output_paths(output: Path, count: int) -> list[Path]:

@@ -28,6 +28,8 @@ from magic141_jax.errors import UserError, nearest
 MAX_PIXELS = 100_000_000  # of an input image: a larger one is a mistake or a decompression bomb
 MAX_ASPECT = 32  # longer side over shorter side of an input image
 MAX_HELD_FRAMES = 2000  # gif and webp are assembled in memory
+MAX_UPSCALED_SIDE = 8192
+WATCHABLE_SIDE = 256
 EXIF_DESCRIPTION = 0x010E
 BT709 = 1  # FFmpeg's number for the matrix, the primaries and the transfer curve
 ImageLike = str | Path | Image.Image | np.ndarray
@@ -208,6 +210,16 @@ def enlarge(frame: np.ndarray, factor: int) -> np.ndarray:
         return to_uint8(frame)
     height, width = frame.shape[:2]
     return np.asarray(to_pil(frame).resize((width * factor, height * factor), Image.Resampling.LANCZOS))
+
+
+def upscale_factor(upscale: int | None, height: int, width: int) -> int:
+    """The factor asked for, or one that makes small frames watchable; raises `UserError` unless its size is sane."""
+    most = MAX_UPSCALED_SIDE // max(height, width)
+    if upscale is None:
+        return max(1, WATCHABLE_SIDE // max(height, width))
+    if not 1 <= upscale <= most:
+        raise UserError(f"--upscale is {upscale}; for {width}x{height} it must be from 1 to {most}")
+    return upscale
 
 
 def read_image(image: ImageLike) -> np.ndarray:
