@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import json
 import sys
 import time
 import warnings
@@ -24,12 +22,11 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-import magic141_jax
 from magic141_jax import processes
+from magic141_jax.aot import dry, preflight
 from magic141_jax.errors import UserError, nearest, run_entry_point
-from magic141_jax.pipelines import media
-from magic141_jax.pipelines.components import DEFAULT
-from magic141_jax.pipelines.long_video import stream_video
+from magic141_jax.pipelines import media, provenance
+from magic141_jax.pipelines.components import DEFAULT, default_dtype
 from magic141_jax.pipelines.options import resolve
 from magic141_jax.pipelines.schedule import opening, read_schedule
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
@@ -37,12 +34,6 @@ from magic141_jax.sharding import AXES, make_mesh, parse_mesh
 
 MAX_SECONDS = 3600.0
 MAX_VIDEOS = 10_000
-MAX_UPSCALED_SIDE = 8192
-WATCHABLE_SIDE = 256
-IN_METADATA = (
-    *("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift", "sampler"),
-    *("overlap_latents", "history_noise", "match_colors", "carry", "blend", "anchor", "refine"),
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,33 +51,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     with one_line_warnings():
         image = None if args.image is None else media.read_image(args.image)
         mesh = None if args.mesh is None else make_mesh(args.mesh)
-        pipeline = TextToVideoPipeline.from_pretrained(
-            args.weights,
-            image_weights=args.image_weights,
-            dtype=args.dtype,
-            revision=args.revision,
-            mesh=mesh,
-            lora=args.lora,
-            lora_scale=args.lora_scale,
-            offload=args.offload,
-            text_cache=args.text_cache,
-            vae_tiles=args.vae_tiles,
-        )
+        loading = {name: getattr(args, name) for name in provenance.LOADING} | {"dtype": args.dtype or default_dtype()}
+        opened = {**loading, "mesh": mesh, "text_cache": args.text_cache}
+        if args.preflight:
+            pipeline = dry.pipeline(dry.Book(compiles=False), **opened)
+        else:
+            pipeline = TextToVideoPipeline.from_pretrained(opened.pop("weights"), **opened)
         options = sampling_options(args)
         resolved = resolve(options, pipeline.components)
-        args.upscale = upscale_factor(args.upscale, resolved.height, resolved.width)
+        args.upscale = media.upscale_factor(args.upscale, resolved.height, resolved.width)
         sampling = pipeline.components.sampling
         fps = sampling.fps
         window = max(resolved.num_frames - sampling.dropped_frames, 1)
         frames = window if args.duration is None else max(1, round(args.duration * fps))
         frames = 1 if args.output.suffix.lower() == ".png" else frames
         media.check_output(args.output, frames)
+        if args.preflight:
+            told = {**options, "total_frames": frames, "image": image, "schedule": args.schedule}
+            pixels = frames * args.num_videos * resolved.height * resolved.width * args.upscale**2
+            place = {"pixels": pixels, "place": args.output.parent}
+            report = preflight.sampling(opened, args.prompt, told, videos=args.num_videos, **place)
+            print(report.text())
+            return 0 if report.fits else 1
+        loading["mesh"] = None if mesh is None else dict(mesh.shape)
         start = time.perf_counter()
         with tqdm(total=frames * args.num_videos, unit="frame", disable=None if processes.leads() else True) as bar:
             for i, path in enumerate(output_paths(args.output, args.num_videos)):
-                seed = options["seed"] + i
-                about = describe(args, pipeline, {**options, "seed": seed}, frames)
-                make_video(args, pipeline, {**options, "seed": seed}, image=image, path=path, about=about, bar=bar)
+                about = provenance.describe(
+                    pipeline,
+                    args.prompt,
+                    {**options, "seed": options["seed"] + i},
+                    schedule=args.schedule,
+                    frames=frames,
+                    upscale=args.upscale,
+                    loading=loading,
+                    image=args.image,
+                )
+                made = provenance.make(pipeline, about, path, image=image, progress=shown_on(bar))
+                if made:
+                    bar.write(f"wrote {', '.join(map(str, made))}", file=sys.stdout)
     if processes.leads():
         seconds = frames / fps * args.num_videos
         print(timing_line(pipeline.engine.seconds, time.perf_counter() - start, seconds))
@@ -126,6 +129,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("out.mp4"), help=", ".join(media.FORMATS))
     add("--num_videos", type=int, default=1, help="how many; out-0.mp4 and so on if more than 1")
     add("--upscale", type=int, help="enlarges what is written (Lanczos); by default to some 256 pixels, 1 keeps them")
+    add("--preflight", action="store_true", help="only tell what this takes: memory, time, disk; 1 if it can't fit")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
@@ -168,75 +172,19 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def upscale_factor(upscale: int | None, height: int, width: int) -> int:
-    """The factor asked for, or one that makes small frames watchable; raises `UserError` unless its size is sane."""
-    most = MAX_UPSCALED_SIDE // max(height, width)
-    if upscale is None:
-        return max(1, WATCHABLE_SIDE // max(height, width))
-    if not 1 <= upscale <= most:
-        raise UserError(f"--upscale is {upscale}; for {width}x{height} it must be from 1 to {most}")
-    return upscale
-
-
 def output_paths(output: Path, count: int) -> list[Path]:
     """The output itself, or for several videos its name numbered."""
     return [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
 
 
-def describe(args: argparse.Namespace, pipeline: TextToVideoPipeline, options: dict[str, Any], frames: int) -> dict:
-    """What made a video, for its metadata."""
-    components = pipeline.components
-    resolved = dataclasses.asdict(resolve(options, components))
-    return {
-        "prompt": args.prompt,
-        "prompt_schedule": [cue._asdict() for cue in args.schedule],
-        "negative_prompt": args.negative_prompt,
-        "image": args.image.name if args.image else None,
-        "seed": options["seed"],
-        "frames": frames,
-        "fps": components.sampling.fps,
-        "upscale": args.upscale,
-        "options": {name: resolved[name] for name in IN_METADATA},
-        "weights": components.folder.name,
-        "weights_digest": components.digest,
-        "config_digest": components.config_digest,
-        "version": magic141_jax.__version__,
-    }
+def shown_on(bar: tqdm) -> provenance.Progress:
+    """Shows on a bar what is made, and how many frames of it there are."""
 
+    def show(label: str, frames: int) -> None:
+        bar.set_description(label)
+        bar.update(frames)
 
-def make_video(
-    args: argparse.Namespace,
-    pipeline: TextToVideoPipeline,
-    options: dict[str, Any],
-    *,
-    image: Any,
-    path: Path,
-    about: dict[str, Any],
-    bar: tqdm,
-) -> None:
-    """Makes one video and writes its files, all of them or none; processes that do not write compute it only."""
-    still, sidecar = path.with_suffix(".png"), path.with_suffix(".json")
-    bar.set_description("image")
-    told = {"total_frames": about["frames"], "image": image, "schedule": args.schedule}
-    stream = stream_video(pipeline, args.prompt, **told, **options)
-    bar.set_description("video")
-    clip = stream if path != still else ()  # of a png no window is computed, by any process
-    if not processes.leads():
-        for _ in clip:
-            pass
-        return
-    # A dict, because a png output is its own still.
-    targets = dict.fromkeys((path, still, sidecar))
-    with media.staged(*targets) as temporary:
-        names = dict(zip(targets, temporary, strict=True))
-        media.write_image(names[still], stream.image, about, upscale=args.upscale)
-        if path != still:
-            with media.BackgroundWriter(names[path], about["fps"], about, upscale=args.upscale) as writer:
-                for frames in clip:
-                    writer.write(frames)
-                    bar.update(len(frames))
-        names[sidecar].write_text(json.dumps(about, indent=2) + "\n")
-    bar.write(f"wrote {', '.join(map(str, targets))}", file=sys.stdout)
+    return show
 
 
 def timing_line(seconds: dict[str, float], elapsed: float, length: float) -> str:

@@ -8,10 +8,11 @@ traceback.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 
@@ -32,6 +33,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = [str(k) for k in known]
     match = difflib.get_close_matches(word, known, n=1)
     return f" Did you mean {match[0]!r}?" if match else f" Known: {', '.join(known)}."
+
+
+@contextlib.contextmanager
+def requirements(file: str) -> Iterator[None]:
+    """Around the imports of an entry point that `file` installs packages for; exits with one line if one is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("magic141_jax"):
+            raise
+        sys.exit(_fail(f"the package {error.name!r} is missing: pip install -r {file}"))
 
 
 def run_entry_point(main: Callable[[], int | None]) -> None:

@@ -1,9 +1,14 @@
 """Eight fake CPU devices, strict rank promotion, a shared compilation cache; tiny random weights in a real folder."""
 
 import os
+import re
 import runpy
+import subprocess
 import sys
 import tempfile
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -113,3 +118,39 @@ def weights_folder(tmp_path_factory):
 def pipeline(weights_folder):
     """The pipelines over `weights_folder`."""
     return TextToVideoPipeline.from_pretrained(weights_folder)
+
+
+@pytest.fixture
+def start_server(weights_folder, tmp_path):
+    """start(module, state, *flags) -> process, url: `python -m module` with the tiny weights, once it is ready."""
+    processes = []
+
+    def start(module, state, *flags):
+        log = tmp_path / f"{len(processes)}.log"
+        command = ["-m", module, "--port", "0", "--state", state, "--weights", weights_folder, "--upscale", "2", *flags]
+        cache = {"MAGIC141_JAX_CACHE": jax.config.jax_compilation_cache_dir}
+        with log.open("w") as stream:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, *map(str, command)],
+                    stderr=stream,
+                    cwd=Path(__file__).parents[1],
+                    env={**os.environ, **cache},
+                )
+            )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and processes[-1].poll() is None:
+            if found := re.search(r"http://[\d.:]+", log.read_text()):
+                try:
+                    with urllib.request.urlopen(f"{found[0]}/readyz") as answer:
+                        assert answer.status == 200
+                        return processes[-1], found[0]
+                except urllib.error.HTTPError:
+                    pass
+            time.sleep(0.1)
+        raise AssertionError(log.read_text())
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()

@@ -122,7 +122,7 @@ def test_short_of_memory_the_picture_is_the_same(run, tmp_path, capsys):
     saving = ["--offload", "--text_cache", str(tmp_path / "cache"), "--vae_tiles", "32"]
     stills = []
     for flags in ([], saving, saving):
-        stills.append((run("--upscale", "1", *flags, output="out.png") / "out.png").read_bytes())
+        stills.append(Image.open(run("--upscale", "1", *flags, output="out.png") / "out.png").tobytes())
         assert ("move" in capsys.readouterr().out) == bool(flags)
     assert stills[0] == stills[1] == stills[2]
     assert len(names(tmp_path / "cache")) == 2
@@ -142,7 +142,7 @@ def test_no_process_computes_a_video_for_a_png(run, sample, monkeypatch, leads):
 
     still = VideoStream(np.zeros((32, 32, 3), np.float32), windows())
     monkeypatch.setattr(sample.processes, "leads", lambda: leads)
-    monkeypatch.setattr(sample, "stream_video", lambda *_, **__: still)
+    monkeypatch.setattr(sample.provenance, "stream_video", lambda *_, **__: still)
     assert names(run(output="out.png")) == ["out.json", "out.png"] * leads
 
 

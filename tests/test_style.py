@@ -18,9 +18,9 @@ RANKS = {
     "models": 2,
     **dict.fromkeys(["train", "convert", "sparsity", "quantize"], 3),
     **dict.fromkeys(["distill", "pipelines"], 4),
-    "evaluation": 5,
-    "experiment": 6,
-    **dict.fromkeys(["aot", "recipe", "__main__", "__init__"], 7),
+    **dict.fromkeys(["evaluation", "serve"], 5),
+    **dict.fromkeys(["experiment", "demo"], 6),
+    **dict.fromkeys(["aot", "recipe", "reproduce", "__main__", "__init__"], 7),
 }
 NEVER_IMPORTED = {"torch", "torchvision", "diffusers", "configs", "tests"}
 UNTESTED = {"__init__", "__main__", "shapes"}

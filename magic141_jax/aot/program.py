@@ -99,7 +99,7 @@ def _compiled(traced: Any, made: Topology, insist: bool) -> Results:
         program = hlo.parse(compiled.as_text())
         collectives = hlo.collectives(program)
         found |= {
-            "memory": _memory(compiled.memory_analysis()),
+            "memory": memory_account(compiled.memory_analysis()),
             "collectives": collectives,
             "allocations": hlo.largest(program),
             "traffic": {
@@ -110,7 +110,7 @@ def _compiled(traced: Any, made: Topology, insist: bool) -> Results:
     return found | {"fits": not refused and found["memory"]["total"] <= made.chip.memory}
 
 
-def _memory(stats: Any) -> dict[str, int]:
+def memory_account(stats: Any) -> dict[str, int]:
     """The compiler's own account, in bytes; `total` is what a run needs at once: donated arguments become outputs."""
     found = {
         "arguments": stats.argument_size_in_bytes,

@@ -36,6 +36,7 @@ FIXED_FIELDS = {
     "mlp_ratio": 4.0,
     "rope_theta": 10000.0,
     "time_features": 256,
+    "condition_width": 0,
     "absolute_positions": False,
     "prediction": "velocity",
     "known": "none",

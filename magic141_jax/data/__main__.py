@@ -1,6 +1,7 @@
-"""`python -m magic141_jax.data`: makes prepared data sets.
+"""`python -m magic141_jax.data`: makes prepared data sets, and examines them.
 
     python -m magic141_jax.data prepare SRC DST [--size 64] [--num_frames 17] [--fps 8] [--weights DIR] ...
+    python -m magic141_jax.data doctor DIR [--weights DIR] [--limit N]
     python -m magic141_jax.data emoji-pack FOLDER TARGET.zip
 
 SRC is a folder with captions.csv or captions.jsonl, a manifest (.jsonl), `tfds:NAME[:SPLIT]` or `emoji[:SPLIT]`.
@@ -20,12 +21,13 @@ import numpy as np
 
 from magic141_jax import weights
 from magic141_jax.convert import repository
-from magic141_jax.data import cache, emoji_pack
+from magic141_jax.data import cache, doctor, emoji_pack
 from magic141_jax.data.buckets import Bucket, make_buckets, parse_size
 from magic141_jax.data.emoji import DEFAULT_PACK, EmojiClips, EmojiConfig, EmojiPack
 from magic141_jax.data.prepare import Encoders, in_windows, prepare
 from magic141_jax.data.sources import FileClips, Joined, Source, TfdsClips
 from magic141_jax.errors import OneLineParser, UserError, run_entry_point
+from magic141_jax.models import MODELS, stored
 from magic141_jax.models.text import TextEncoder
 from magic141_jax.pipelines import published
 from magic141_jax.pipelines.components import TEXT_ENCODERS, default_dtype, find_folder, load_model
@@ -77,16 +79,24 @@ def _parser() -> OneLineParser:
     made.add_argument("--data_dir", type=Path, help="tfds: where its data sets are kept")
     made.add_argument("--pack", type=Path, default=DEFAULT_PACK, help="emoji: the pack (default %(default)s)")
     made.add_argument("--kind", choices=("both", "video", "image"), default="both", help="emoji: what to compose")
+    examined = commands.add_parser(
+        "doctor", help="say what is wrong with a data set, and how to mend it; 1 if anything"
+    )
+    examined.add_argument(
+        "folder", metavar="DIR", type=Path, help="prepared, or with captions.csv, or a manifest.jsonl"
+    )
+    examined.add_argument("--weights", metavar="DIR", help="that it is for: their encoders should have made it")
+    examined.add_argument("--limit", type=int, metavar="N", help="read at most N records of each size and length")
     pack = commands.add_parser("emoji-pack", help="make the emoji pack from the unpacked npm packages")
     pack.add_argument("source", metavar="FOLDER", type=Path)
     pack.add_argument("target", metavar="TARGET", type=Path)
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses the command line (or `arguments`) and runs the command."""
+def main(arguments: Sequence[str] | None = None) -> int | None:
+    """Parses the command line (or `arguments`) and runs the command; returns its exit code, None being 0."""
     args = _parser().parse_args(arguments)
-    COMMANDS[args.command](args)
+    return COMMANDS[args.command](args)
 
 
 def _prepare(args: argparse.Namespace) -> None:
@@ -174,8 +184,13 @@ def _load_encoders(folder: str, text_length: int | None) -> tuple[Encoders, dict
         encoders = encoders._replace(batch_size=1)  # a clip of published size fills a device
     settings = {key: sampling.get(key, value) for key, value in DEFAULTS.items()}
     factors = network.config.spatial_factor, network.config.temporal_factor
+    return encoders, settings, factors, _encoders_digest(path)
+
+
+def _encoders_digest(path: Path) -> str:
+    """The digests, joined, of the components of a weights folder that prepare data."""
     parts = [weights.part(path, name) for name in ("vae", "text_encoder", "text_encoder_2")]
-    return encoders, settings, factors, "".join(weights.digest(part) for part in parts if part.is_dir())
+    return "".join(weights.digest(part) for part in parts if part.is_dir())
 
 
 def _own_text(path: Path, index: Mapping[str, Any], length: int | None) -> tuple[TextEncoder, dict[str, Any]]:
@@ -196,12 +211,48 @@ def _published_text(path: Path, index: Mapping[str, Any], length: int | None) ->
     return published.read(path, index, config, load)
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit is {args.limit}; it must be 1 or more")
+    report = doctor.examine(args.folder, _expected(args.weights) if args.weights else None, limit=args.limit)
+    print(report.table())
+    return 0 if report.healthy else 1
+
+
+def _expected(folder: str) -> doctor.Expected:
+    """What the networks of a weights folder take, by their configs alone."""
+    path = find_folder(folder)
+    vae, text, transformer = (_config(weights.part(path, name)) for name in ("vae", "text_encoder", "transformer"))
+    if vae is None:
+        raise UserError(f"{path} has no vae; name the weights that prepare the data (--weights)")
+    takes = transformer or text  # a transformer need not be there yet
+    return doctor.Expected(
+        _encoders_digest(path),
+        vae.latent_channels,
+        vae.spatial_factor,
+        vae.temporal_factor,
+        getattr(takes, "text_width", None) or getattr(takes, "width", None),
+        getattr(takes, "pooled_width", None) or getattr(takes, "width", None),
+    )
+
+
+def _config(folder: Path) -> Any:
+    """The config of a component's network; None where there is no such component."""
+    if not folder.is_dir():
+        return None
+    mapping = weights.read_config(folder / "config.json")
+    if repository.is_published(mapping):
+        return repository.open_component(folder).network.config
+    fields = {name: value for name, value in mapping.items() if name not in ("model", stored.KEY)}
+    return build(MODELS[mapping["model"]][0], fields, where=f"{folder.name}/config.json")
+
+
 def _emoji_pack(args: argparse.Namespace) -> None:
     made = emoji_pack.build(args.source, args.target)
     print(", ".join(f"{count} {what}" for what, count in made.items()) + f" in {args.target}")
 
 
-COMMANDS = {"prepare": _prepare, "emoji-pack": _emoji_pack}
+COMMANDS = {"prepare": _prepare, "doctor": _doctor, "emoji-pack": _emoji_pack}
 
 if __name__ == "__main__":
     run_entry_point(main)

@@ -33,7 +33,8 @@ from magic141_jax.train.flow_matching import STUDENT
 from magic141_jax.train.method import Batch, Metrics, Parts
 
 TEACHER, FAKE = "teacher", "fake"
-PRUNED_SIZES = ("heads", "mlp_ratio", "double_blocks", "single_blocks")  # in which a student may be smaller
+# In these a student may be smaller.
+PRUNED_SIZES = ("heads", "mlp_ratio", "condition_width", "double_blocks", "single_blocks")
 Layout = Literal["adapter", "full"]
 FeaturesFn = Callable[[Latents, Times, Conditioning], Float[Array, "k b l d"]]
 

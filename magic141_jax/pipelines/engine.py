@@ -109,8 +109,9 @@ class Engine:
     "video", decoding and encoding too, where it is one program; what is counted is how long its caller waited for it.
     """
 
-    def __init__(self, components: Components) -> None:
-        self.components = components
+    def __init__(self, components: Components, *, stage: Callable[..., Stage] = Stage) -> None:
+        """Over components; `stage` makes a stage, with the arguments of `Stage`."""
+        self.components, self._make = components, stage
         self.seconds: collections.Counter[str] = collections.Counter()
         self._denoise = self._stage(_denoise, components.transformer)
         self._encode_known = self._stage(_encode_known, components.vae)
@@ -288,10 +289,11 @@ class Engine:
         refiner = self.components.refiner
         networks = {name: model.network for name, model in models.items()}
         function = functools.partial(_window, networks, None if refiner is None else refiner.config)
-        return Stage(function, params, self.seconds, mesh=self.components.mesh, donate=[0], wait=False)
+        return self._make(function, params, self.seconds, mesh=self.components.mesh, donate=[0], wait=False)
 
     def _stage(self, function: Callable[..., Any], model: Model) -> Stage:
-        return Stage(functools.partial(function, model.network), model.params, self.seconds, mesh=self.components.mesh)
+        bound = functools.partial(function, model.network)
+        return self._make(bound, model.params, self.seconds, mesh=self.components.mesh)
 
 
 @contextlib.contextmanager

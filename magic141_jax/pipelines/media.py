@@ -21,13 +21,15 @@ from typing import Any, Literal, Protocol
 
 import av
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence, PngImagePlugin, UnidentifiedImageError
 
 from magic141_jax.errors import UserError, nearest
 
 MAX_PIXELS = 100_000_000  # of an input image: a larger one is a mistake or a decompression bomb
 MAX_ASPECT = 32  # longer side over shorter side of an input image
 MAX_HELD_FRAMES = 2000  # gif and webp are assembled in memory
+MAX_UPSCALED_SIDE = 8192
+WATCHABLE_SIDE = 256
 EXIF_DESCRIPTION = 0x010E
 BT709 = 1  # FFmpeg's number for the matrix, the primaries and the transfer curve
 ImageLike = str | Path | Image.Image | np.ndarray
@@ -53,7 +55,8 @@ class Mp4Sink:
         self._container.metadata["title"] = str(metadata.get("prompt", ""))
         self._container.metadata["comment"] = json.dumps(metadata)
         self._stream = self._container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        self._stream.options = {"crf": "12", "preset": "medium"}
+        # By default the encoder takes as many threads as there are cores, and its frames depend on that.
+        self._stream.options = {"crf": "12", "preset": "medium", "threads": "4"}
         self._stream.pix_fmt = "yuv420p"
         context = self._stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = context.color_range = BT709
@@ -240,6 +243,16 @@ def enlarge(frame: np.ndarray, factor: int) -> np.ndarray:
     return np.asarray(to_pil(frame).resize((width * factor, height * factor), Image.Resampling.LANCZOS))
 
 
+def upscale_factor(upscale: int | None, height: int, width: int) -> int:
+    """The factor asked for, or one that makes small frames watchable; raises `UserError` unless its size is sane."""
+    most = MAX_UPSCALED_SIDE // max(height, width)
+    if upscale is None:
+        return max(1, WATCHABLE_SIDE // max(height, width))
+    if not 1 <= upscale <= most:
+        raise UserError(f"--upscale is {upscale}; for {width}x{height} it must be from 1 to {most}")
+    return upscale
+
+
 def read_image(image: ImageLike) -> np.ndarray:
     """A path, PIL image or array (uint8, or float in [0, 1]) of any mode -> (y, x, 3) float32 in [0, 1].
 
@@ -289,6 +302,25 @@ def read_metadata(path: Path) -> dict[str, Any]:
         return json.loads(text)
     except (KeyError, ValueError, OSError) as error:
         raise UserError(f"{path} has no metadata of ours: {error}") from None
+
+
+def read_frames(path: Path) -> Iterator[np.ndarray]:
+    """The decoded frames, uint8 (y, x, 3), of a file of one of `FORMATS`.
+
+    Raises:
+      UserError: it can't be read to its end.
+    """
+    try:
+        if path.suffix.lower() == ".mp4":
+            with av.open(str(path)) as container:
+                for frame in container.decode(video=0):
+                    yield frame.to_ndarray(format="rgb24")
+        else:
+            with Image.open(path) as picture:
+                for frame in ImageSequence.Iterator(picture):
+                    yield np.asarray(frame.convert("RGB"))
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"can't read {path}: {error}; it is damaged, or not what its name says") from None
 
 
 def _from_pil(picture: Image.Image, name: str) -> np.ndarray:

@@ -113,10 +113,10 @@ def make_batches(
     """
     streams = {}
     if config.image_batch:
-        sources, transform = _image_sources(config, shape)
+        sources, transform = image_sources(config, shape)
         streams["image"] = loader.Stream(sources, config.image_batch, transform)
     if config.video_batch:
-        streams["video"] = loader.Stream(_video_sources(config, shape), config.video_batch)
+        streams["video"] = loader.Stream(video_sources(config, shape), config.video_batch)
     rows = {name: sharding.batch_rows(stream.batch_size, mesh) for name, stream in streams.items()} if mesh else None
     return loader.batches(streams, seed=seed, rows=rows, threads=config.threads)
 
@@ -180,7 +180,8 @@ def _image_tokens(config: DataConfig, path: str) -> int:
     return config.image_tokens if path == RANDOM else open_cache(path, "latent").image_tokens
 
 
-def _video_sources(config: DataConfig, shape: RecordShape | None) -> tuple[Source, ...]:
+def video_sources(config: DataConfig, shape: RecordShape | None) -> tuple[Source, ...]:
+    """The sources of videos, one a bucket."""
     if config.path == RANDOM:
         return (RandomRecords(config, shape or RecordShape(), frames=config.num_frames),)
     if config.path == EMOJI:
@@ -188,7 +189,7 @@ def _video_sources(config: DataConfig, shape: RecordShape | None) -> tuple[Sourc
     return open_cache(config.path).sources("videos")
 
 
-def _image_sources(config: DataConfig, shape: RecordShape | None) -> tuple[tuple[Source, ...], Any]:
+def image_sources(config: DataConfig, shape: RecordShape | None) -> tuple[tuple[Source, ...], Any]:
     """The sources of images, and the transform that makes an image of each sample."""
     path = config.image_path or config.path
     if path == RANDOM:

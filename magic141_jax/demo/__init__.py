@@ -1,0 +1,1 @@
+"""The server with a page in front, for people: prompt and picture in, windows as they are made, mp4 out."""

@@ -1,0 +1,1 @@
+"""A file made again from its own metadata, and compared with itself."""
