@@ -1,4 +1,4 @@
-"""Eight fake CPU devices, strict rank promotion, a shared compilation cache; tiny random weights in a real folder."""
+"""Eight fake CPU devices, quick compilation, a shared cache of it, strict rank promotion; tiny random weights."""
 
 import os
 import re
@@ -13,6 +13,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # compiles three times faster, to slower code
 
 import jax
 import numpy as np
@@ -75,14 +76,6 @@ def write_tokenizer(path):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer.save(str(path))
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Compiles three times faster, to slower code."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -27,9 +27,6 @@ ROOT = Path(__file__).parents[1]
 ONE = jax.devices()[:1]
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def tiny(weights_folder, *, method, model=None, **rest):
     """The sizes of `weights_folder`, which is the teacher, on random videos."""
     image_encoder = weights.read_config(weights_folder / "image_encoder" / "config.json")

@@ -43,7 +43,7 @@ def get_config():
     )
 """
 
-pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.heavy
 
 
 class Processes:

@@ -14,7 +14,7 @@ from magic141_jax.models import mmdit
 from magic141_jax.settings import to_dict
 from magic141_jax.train import streams
 
-pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.heavy
 
 MODEL = {"model": "mmdit", **to_dict(mmdit.debug()), "remat": "full"}
 ENCODER = {"model": "image_encoder", "patch": 8, "width": 8, "layers": 1, "heads": 1, "mlp": 16, "text_width": 12}

@@ -110,7 +110,7 @@ def test_a_picture_is_animated(run, tmp_path):
     assert media.read_metadata(folder / "out.gif")["image"] == "photo.png"
 
 
-def test_a_mesh_makes_the_same_picture(run, quick_compilation):
+def test_a_mesh_makes_the_same_picture(run):
     still = [
         run("--upscale", "1", *mesh, output="out.png") / "out.png" for mesh in ((), ("--mesh", "fsdp=2,context=2"))
     ]

@@ -219,7 +219,7 @@ SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 class Context:
     """What every block of a forward pass sees: silu(c) (b, e), RoPE tables (1, j, 1, 1, k) and the key mask (b, j).
 
-    `layout` says where the j tokens lie. With known="replace" also silu(c_0) (b, d), and which of the j tokens it is
+    `layout` says where the j tokens lie. With known="replace" also silu(c_0) (b, e), and which of the j tokens it is
     for (b, j).
     """
 
@@ -517,7 +517,7 @@ class MMDiT(nnx.Module):
             return joint, last
         return joint, {"double_blocks.video": first[0], "double_blocks.text": first[1], "single_blocks": last}
 
-    def _condition(self, features: Array, pooled: Array, guidance: Array | None = None) -> Float[Array, "b condition"]:
+    def _condition(self, features: Array, pooled: Array, guidance: Array | None = None) -> Float[Array, "b e"]:
         """The vector that modulates every block, in float32: it is cheap and everything hangs on it."""
         condition = self.time_in(features) + self.pooled_in(pooled.astype(jnp.float32))
         if guidance is not None:

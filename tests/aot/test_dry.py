@@ -25,7 +25,7 @@ def walk(weights_folder, compiles=False, told=TOLD, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"offload": True}])
-def test_the_programs_are_those_of_a_real_call(weights_folder, quick_compilation, options):
+def test_the_programs_are_those_of_a_real_call(weights_folder, options):
     calls = []
 
     class Counting(Stage):
@@ -71,7 +71,7 @@ def test_operations_go_with_steps_and_length(weights_folder):
     assert video[1] == pytest.approx(11 * video[0])  # windows
 
 
-def test_over_a_mesh(weights_folder, quick_compilation):
+def test_over_a_mesh(weights_folder):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4), devices=jax.devices()[:4])
     book, _ = walk(weights_folder, mesh=mesh, compiles=True, told={"total_frames": 1, "seed": 0})
     alone, _ = walk(weights_folder)

@@ -19,7 +19,6 @@ from tests.aot.test_training import DATA, MODEL
 PROMPT = "a red shark"
 WIDE = {"height": 64, "width": 64, "num_frames": 17, "video_batch": 8}
 Disk = namedtuple("Disk", "total used free")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +95,7 @@ def test_too_little_memory_says_what_would_do(asked, memory, weights_folder):
 
 
 @pytest.fixture(scope="module")
-def wide(quick_compilation):
+def wide():
     """The report of a tiny run whose activations outweigh its gradients, and its experiment, on one device."""
     one = jax.devices()[:1]
     values = config(data=WIDE)

@@ -46,7 +46,7 @@ def ceiling():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_race(case, ceiling, quick_compilation):
+def test_a_race(case, ceiling):
     given, dtype = CASES[case]
     race = races.prepare(given, torch, device="cpu", dtype=dtype, modes=("eager",))
     found = races.run(race, ceiling, repeats=1, dtype=dtype)

@@ -15,7 +15,7 @@ from magic141_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def healthy(weights_folder, tmp_path_factory, quick_compilation):
+def healthy(weights_folder, tmp_path_factory):
     """Latents of 12 clips and 12 images, by the tiny weights; their VAE's random latents are brought to unit size."""
     folder = tmp_path_factory.mktemp("data")
     made = ["--weights", str(weights_folder), "--limit", "12", "--text_length", "12"]

@@ -20,11 +20,6 @@ SIZES = dataclasses.replace(mmdit.debug(), text_width=8, pooled_width=6, time_fe
 NULL = NullText(jnp.zeros((3, 8)), jnp.array([True, False, False]), jnp.zeros(6))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick(quick_compilation):
-    """All tests of this folder compile quickly."""
-
-
 def record(b=2, f=3, size=2, channels=4, seed=0):
     """A cached record of random latents and captions."""
     rng = np.random.default_rng(seed)

@@ -101,20 +101,21 @@ def test_another_teacher_is_refused_by_name(toys):
 
 
 def pruned_student(toys):
-    """The teacher's parameters cut to one head and 20 of 32 neurons, and the config's changes that fit them."""
+    """What changes in the config with 1 head, 20 of 32 neurons, 8 of 16 conditions; the teacher's parameters so cut."""
     rng = np.random.default_rng(0)
     params = toys.parts().teacher()["transformer"][1]
     for kind, keep in (("heads", 1), ("neurons", 20)):
         scores = {path: rng.random(leaf.shape) for path, leaf in flatten(params).items() if path.endswith("kernel")}
         params = structured.silence(toys.SIZES, params, kind, scores, keep)
     config, small = structured.shrink(toys.SIZES, params)
-    return {"heads": config.heads, "mlp_ratio": config.mlp_ratio}, small
+    config, small = structured.condense(config, small, jnp.eye(16), 8)
+    return {name: getattr(config, name) for name in ("heads", "mlp_ratio", "condition_width")}, small
 
 
 def test_a_pruned_student_learns_from_its_dense_teacher(toys):
     """Whole networks of their own sizes; a step of training on random data lowers the loss."""
     changes, small = pruned_student(toys)
-    assert changes == {"heads": 1, "mlp_ratio": 1.25}
+    assert changes == {"heads": 1, "mlp_ratio": 1.25, "condition_width": 8}
     config = TrajectoryConfig(walk=WalkConfig(steps=2, sampler="euler"), guidance=2.0, substeps=2)
     method = Trajectory.build(config, toys.parts(**changes))
     params = method.init(jax.random.key(0))
@@ -143,7 +144,9 @@ def test_a_pruned_student_has_a_fake_score_of_the_teachers_sizes(toys):
         v = velocities(made, params, toys, (TEACHER, FAKE, STUDENT))
         np.testing.assert_allclose(v[FAKE], v[TEACHER], atol=1e-6)
         assert np.abs(v[STUDENT] - v[TEACHER]).max() > 1e-3
-    with pytest.raises(UserError, match="must be 'full', since the student has another heads, mlp_ratio"):
+    with pytest.raises(
+        UserError, match="must be 'full', since the student has another heads, mlp_ratio, condition_width"
+    ):
         backbone(toys, toys.parts(**changes), student="adapter")
 
 

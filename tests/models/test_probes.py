@@ -19,8 +19,6 @@ from magic141_jax.sharding import MeshConfig, make_mesh
 CONFIG = dataclasses.replace(mmdit.debug(), double_blocks=1, single_blocks=2)
 NETWORK = Network.create(MMDiT, CONFIG)
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class Single(nnx.Module):
     """One map, used twice, and one that nothing reads."""

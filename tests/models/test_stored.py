@@ -385,7 +385,7 @@ def test_columns_of_stored_convolutions_are_split():
     assert kernel.sharding.shard_shape(kernel.shape) == (3, 3, 3, 8, 2)
 
 
-def test_parts_are_split_over_a_mesh(quick_compilation):
+def test_parts_are_split_over_a_mesh():
     """Eight devices give the outputs of one, each with its part of the bytes."""
     config = dataclasses.replace(
         mmdit.debug(), width=32, heads=4, head_width=8, double_blocks=2, single_blocks=2, refiner_blocks=0

@@ -90,7 +90,7 @@ CONTEXT, MIXED = {"context": 8}, {"tensor": 2, "context": 2}
         ("patch_vae", PATCHES, (3, 5, 32, 32, 3), {"fsdp": 2, **MIXED}, 8),
     ],
 )
-def test_devices_share_the_picture(kind, config, frames, mesh, share, quick_compilation):
+def test_devices_share_the_picture(kind, config, frames, mesh, share):
     """float32 to 2e-5 of the largest value; a device convolves an eighth, and needs less than half of the memory.
 
     In the third case the latents' 12 columns don't divide by 8: there all devices do the same, the rest is shared.

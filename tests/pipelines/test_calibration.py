@@ -23,8 +23,6 @@ from magic141_jax.sharding import MeshConfig, make_mesh
 
 TEXTS = ["a red shark moves left", "the blue cat"]
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def found(pipeline):

@@ -84,7 +84,7 @@ def videos(pipeline):
 
 
 @pytest.fixture(scope="module")
-def expected(weights_folder, quick_compilation):
+def expected(weights_folder):
     return videos(TextToVideoPipeline.from_pretrained(weights_folder))
 
 
@@ -103,14 +103,14 @@ def test_a_mesh_does_not_change_the_videos(weights_folder, expected, axes):
         np.testing.assert_allclose(frames, expected[name], atol=TOLERANCE, err_msg=name)
 
 
-def test_a_mesh_does_not_change_a_guided_batch(pipeline, weights_folder, quick_compilation):
+def test_a_mesh_does_not_change_a_guided_batch(pipeline, weights_folder):
     mesh = make_mesh(MeshConfig(data=2, tensor=2, context=2))
     on_mesh = TextToImagePipeline.from_pretrained(weights_folder, mesh=mesh)
     made = [p(["a red shark", "a cat"], seed=2, guidance_scale=2.0).images for p in (on_mesh, pipeline.text_to_image)]
     np.testing.assert_allclose(*made, atol=TOLERANCE)
 
 
-def test_a_second_start_over_a_mesh_compiles_nothing(weights_folder, tmp_path, quick_compilation):
+def test_a_second_start_over_a_mesh_compiles_nothing(weights_folder, tmp_path):
     found = collections.Counter()
 
     def count(event, **_):

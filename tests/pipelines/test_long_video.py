@@ -81,7 +81,7 @@ def whole(pipeline, total_frames, **options):
     ],
     ids=str,
 )
-def test_one_program_makes_what_the_stages_make(pipeline, monkeypatch, options, quick_compilation):
+def test_one_program_makes_what_the_stages_make(pipeline, monkeypatch, options):
     fused = whole(pipeline, 18, **options)
     walks = stages(pipeline, monkeypatch)
     np.testing.assert_allclose(fused, whole(pipeline, 18, **options), atol=5e-4)
@@ -221,7 +221,7 @@ def test_known_frames_are_drawn_anew_from_the_second_window_on(pipeline, refined
     np.testing.assert_allclose(whole(refined, 25, seed=3), made, atol=5e-4, err_msg="stage by stage")
 
 
-def test_a_refiner_where_parameters_come_and_go(refined_folder, quick_compilation):
+def test_a_refiner_where_parameters_come_and_go(refined_folder):
     made = whole(TextToVideoPipeline.from_pretrained(refined_folder), 18, seed=3)
     lent = TextToVideoPipeline.from_pretrained(refined_folder, offload=True)
     np.testing.assert_allclose(whole(lent, 18, seed=3), made, atol=5e-4)

@@ -58,7 +58,7 @@ def sizes(components):
     return [sum(x.nbytes for x in jax.tree.leaves(part.params)) for parts in networks for part in parts]
 
 
-def test_one_component_is_on_the_devices_at_a_time(weights_folder, monkeypatch, quick_compilation):
+def test_one_component_is_on_the_devices_at_a_time(weights_folder, monkeypatch):
     images = {"image_weights": weights_folder}  # by networks of their own
     plain = TextToVideoPipeline.from_pretrained(weights_folder, **images)
     held = sizes([plain.components, plain.text_to_image.components])
@@ -80,13 +80,13 @@ def picture(weights_folder, prompt=PROMPT, **options):
     return TextToImagePipeline.from_pretrained(weights_folder, **options)(prompt, seed=1).images
 
 
-def test_from_the_hosts_memory_over_a_mesh(weights_folder, quick_compilation):
+def test_from_the_hosts_memory_over_a_mesh(weights_folder):
     mesh = make_mesh(MeshConfig(data=1, fsdp=2), devices=jax.devices()[:2])
     want, have = (picture(weights_folder, mesh=mesh, offload=offload) for offload in (False, Room(on_host=True)))
     np.testing.assert_array_equal(have, want)
 
 
-def test_no_text_encoder_is_read_for_cached_prompts(weights_folder, tmp_path, monkeypatch, quick_compilation):
+def test_no_text_encoder_is_read_for_cached_prompts(weights_folder, tmp_path, monkeypatch):
     def loaded(folder, load=weights.load):
         assert folder.name != "text_encoder", "the parameters of the text encoder are read"
         return load(folder)

@@ -29,10 +29,7 @@ PROMPT = "a red shark moves left"
 PARTS = ("transformer", "vae", "image_encoder", "text_encoder")
 DTYPES = {"int8": "int8", "int4": "uint8", "bfloat16": "bfloat16"}
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 
 
 def random_example(pipeline, prompts, *, seed=0):

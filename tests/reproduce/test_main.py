@@ -15,7 +15,6 @@ from magic141_jax.reproduce.__main__ import main
 
 PROMPT = "a red shark moves left"
 STORY = [{"time": 0, "prompt": PROMPT}, {"time": 1.125, "prompt": "a blue cat"}]
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def names(folder):
@@ -23,12 +22,7 @@ def names(folder):
 
 
 @pytest.fixture(scope="module")
-def quick_compilation(quick_compilation):
-    """The shared one, of this module."""
-
-
-@pytest.fixture(scope="module")
-def video(weights_folder, tmp_path_factory, quick_compilation):
+def video(weights_folder, tmp_path_factory):
     """A story of two windows that begins with a photo, which is gone since."""
     folder = tmp_path_factory.mktemp("made")
     photo, story = folder / "photo.png", folder / "story.jsonl"

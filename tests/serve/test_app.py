@@ -93,7 +93,7 @@ def test_a_picture_and_a_schedule(server, tmp_path, form):
     about = media.read_metadata(server.worker.folder.video(id))
     assert (about["image"], about["prompt_schedule"]) == ("input_reference", cues)
     assert "image_path" not in about and provenance.picture(about).shape == (30, 40, 3)
-    assert not list((server.worker.folder.path / "images").iterdir()), "pictures go when their video is there"
+    wait(lambda: not list((server.worker.folder.path / "images").iterdir()))  # pictures go after their video is there
 
 
 def test_listed_page_by_page(idle):

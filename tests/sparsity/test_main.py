@@ -22,10 +22,7 @@ MODULE = "magic141_jax.sparsity"
 PROMPT = "a red shark moves left"
 MAPS = re.compile(r"blocks\..*(qkv|attention_out|mlp_up|mlp_down)\.kernel$")
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 
 
 def run(*arguments):
@@ -118,6 +115,16 @@ def test_units_are_cut_out(folder, tmp_path, sampled):
     assert "pruning.inherit" not in lines[1] and lines[2] == f"wrote {tmp_path / 'new'}"
     norms = read_norms(tmp_path / "a" / "n.safetensors", chosen(before, MAPS.pattern))
     assert norms["single_blocks.joint.mlp_down.kernel"].shape == (2, 32)
+
+
+def test_a_shorter_vector_of_conditions(folder, tmp_path, sampled):
+    with sampled():
+        printed = run(folder, tmp_path / "new", "--conditions", 8)
+    assert config_of(tmp_path / "new")["condition_width"] == 8
+    assert "--config.model.condition_width=8 " in printed
+    made, before = load_components(tmp_path / "new").transformer.params, load_plain(folder / "transformer").params
+    kernels = [flatten(params)["single_blocks.joint.modulation.kernel"].shape for params in (made, before)]
+    assert kernels == [(2, 8, 48), (2, 16, 48)]
 
 
 def test_a_block_that_does_nothing_costs_nothing(folder, tmp_path):

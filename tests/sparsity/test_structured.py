@@ -39,8 +39,6 @@ CONFIG = dataclasses.replace(
 BARE = dataclasses.replace(CONFIG, refiner_blocks=0, known="replace", in_channels=4)
 STACKS = {"double_blocks": 2, "single_blocks": 3}
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def random_params(config, seed=0):
     """Every parameter random, so that nothing is silent by itself."""

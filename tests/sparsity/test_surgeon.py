@@ -8,8 +8,6 @@ import pytest
 
 from magic141_jax.sparsity import surgeon
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def problem(layers=2, inputs=6, outputs=5, tokens=200, seed=0):
     """Kernels, and inputs of which some say nearly the same as others."""

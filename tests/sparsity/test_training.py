@@ -18,8 +18,6 @@ from magic141_jax.train import streams
 from magic141_jax.train.checkpoint import Checkpoints
 from magic141_jax.train.step import jit_step, make_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = 6
 ONE = {"data": 1}
 MIXED = {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}

@@ -17,7 +17,6 @@ from magic141_jax.train.flow_matching import FlowMatching, FlowMatchingConfig
 from magic141_jax.train.state import TrainState
 from magic141_jax.train.step import make_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIZES = dataclasses.replace(mmdit.debug(), mlp_ratio=4.0, text_width=8, pooled_width=6, time_features=8)
 NULL = NullText(jnp.zeros((3, 8)), jnp.array([True, False, False]), jnp.zeros(6))
 
