@@ -7,9 +7,9 @@ Before: python -m magic141_jax.sparsity default runs/cut --conditions 96 --neuro
   --prompts datasets/emoji/captions.txt
 Command: python train.py --config=configs/emoji64_slim.py --workdir=runs/slim --config.init_from=runs/cut
   or, measured after each stage, python -m magic141_jax.recipe configs/emoji64_slim.toml --workdir runs/recipe
-Hardware: two CPU cores, 2 to 3 s a step.
-Expected: error of pictures .39 -> .07 in 730 steps, of clips .07 -> .03 (the dense student's own are about .03);
-  docs/compression_experiments.md has the cut before it, whose pictures from text were not yet as good after 1400.
+Hardware: two CPU cores, 2 to 3 s a step (40 minutes), twice that beside other work.
+Expected: error of pictures .15 -> .06 in 500 steps -> .03 in 1000, of clips .04 -> .013, which are the dense student's
+  own; docs/compression_experiments.md measures what comes out.
 """
 
 from configs import emoji64_trajectory
