@@ -91,7 +91,7 @@ def build(worker: Worker) -> gr.Blocks:
 
 
 def _form(worker: Worker) -> dict[str, Any]:
-    """The fields, by their names in `order`."""
+    """The fields, by the names that `_submit` reads them by."""
     catalog = worker.catalog
     limits, window = catalog.limits, catalog.default_seconds
     example = "a shark moves left on a yellow background"

@@ -70,9 +70,7 @@ class ClipJudge:
         tokenizer, length = read_clip_tokenizer(folder), config.text.positions
         tokenizer.enable_truncation(length)
         tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(END), pad_token=END)
-        processor = read_image_processor(folder / "preprocessor_config.json")
-        if processor.crop != config.vision.image:
-            raise UserError(f"{folder} cuts pictures to {processor.crop}, its tower takes {config.vision.image}")
+        processor = _processor(folder, config.vision.image)
         text = jax.jit(lambda params, ids: network(params, ids, method="embed_text"))
         frames = jax.jit(lambda params, images: network(params, images, method="embed_images"))
         params = jax.device_put(params)
@@ -130,9 +128,7 @@ class VideoJudge:
         network = Network.create(VideoMAE, config)
         tensors = convert_videomae.complete(open_tensors(folder), config)
         params = jax.device_put(to_ours(tensors, convert_videomae.table(config), network.abstract_params))
-        processor = read_image_processor(folder / "preprocessor_config.json", resample=Image.Resampling.BILINEAR)
-        if processor.crop != config.image:
-            raise UserError(f"{folder} cuts frames to {processor.crop}, its network takes {config.image}")
+        processor = _processor(folder, config.image, resample=Image.Resampling.BILINEAR)
         apply = jax.jit(network.__call__)
         return cls(lambda clips: apply(params, clips), processor, config.frames)
 
@@ -192,6 +188,14 @@ def _config(folder: Path, kind: str) -> Mapping[str, Any]:
     if config.get("model_type") != kind:
         raise UserError(f"{folder} holds a {config.get('model_type')!r}; here a {kind!r} is needed")
     return config
+
+
+def _processor(folder: Path, side: int, **options: Any) -> ImageProcessor:
+    """What brings pictures to the side that the network of a folder takes."""
+    processor = read_image_processor(folder / "preprocessor_config.json", **options)
+    if processor.crop != side:
+        raise UserError(f"{folder} cuts pictures to {processor.crop}, its network takes {side}")
+    return processor
 
 
 def _in_batches(
