@@ -27,9 +27,9 @@ from magic141_jax import processes, settings, sharding, weights
 from magic141_jax.data import __main__ as data_cli
 from magic141_jax.data import cache
 from magic141_jax.distill.consistency import Consistency
+from magic141_jax.distill.continuation import Continuation
 from magic141_jax.distill.dmd import DMD
 from magic141_jax.distill.guidance import GuidanceDistillation
-from magic141_jax.distill.refinement import Refinement
 from magic141_jax.distill.regression import Regression
 from magic141_jax.distill.streaming import Streaming
 from magic141_jax.distill.trajectory import Trajectory
@@ -153,7 +153,7 @@ METHODS = {
     "regression": Regression,
     "trajectory": Trajectory,
     "streaming": Streaming,
-    "refinement": Refinement,
+    "continuation": Continuation,
 }
 
 
@@ -436,7 +436,7 @@ class Experiment:
             new = (folder / "transformer").exists()
             for name in weights.COMPONENTS:
                 given = weights.part(base, name)
-                if name == "refiner" and new:  # it is of the base's transformer
+                if name == "continuation" and new:  # it is of the base's transformer
                     continue
                 if given.is_dir() and not (folder / name).exists():
                     shutil.copytree(given, folder / name)

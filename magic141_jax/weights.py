@@ -34,7 +34,7 @@ from safetensors.flax import save_file
 from magic141_jax.errors import UserError
 from magic141_jax.pytree import Params, flatten, unflatten
 
-COMPONENTS = ("image_encoder", "refiner", "text_encoder", "transformer", "vae")
+COMPONENTS = ("continuation", "image_encoder", "text_encoder", "transformer", "vae")
 
 Storage = Literal["float32", "bfloat16", "int8"]
 SCALE = "::scale"

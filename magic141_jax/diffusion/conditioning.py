@@ -83,6 +83,12 @@ def known_latents(latents: Latents, count: int | Int[Array, " b"], frames: int) 
     return jnp.where(mask, padded, 0), mask.astype(latents.dtype)
 
 
+def with_known(cond: Conditioning, latents: Latents) -> Conditioning:
+    """The same conditioning with the k leading latent frames (b, k, h, w, c) known, and no others."""
+    known, mask = known_latents(latents, latents.shape[1], cond.known.shape[1])
+    return dataclasses.replace(cond, known=known, mask=mask)
+
+
 def model_input(
     x: Latents, cond: Conditioning, *, known: Known = "channels", hold: bool = False
 ) -> Float[Array, "b f h w channels"]:
@@ -129,11 +135,17 @@ def keep_known(x: Latents, cond: Conditioning) -> Latents:
     return jnp.where(cond.mask > 0, cond.known.astype(x.dtype), x)
 
 
-def noise_known(cond: Conditioning, key: jax.Array, level: float | Float[Array, " b"]) -> Conditioning:
+def noise_known(
+    cond: Conditioning, key: jax.Array, level: float | Float[Array, " b"], *, sink: bool = False
+) -> Conditioning:
     """History noise: known' = (1 - level) known + level eps where the mask is one; the rest stays zero.
 
-    `level` in [0, 1] is one number or one per sample; `key` is one key or one per sample (`flow.draw_noise`).
+    `level` in [0, 1] is one number or one per sample; `key` is one key or one per sample (`flow.draw_noise`). With
+    `sink` the first latent frame stays clean: it is a given picture's, and no history.
     """
     eps = flow.draw_noise(key, cond.known.shape, cond.known.dtype)
     level = jnp.asarray(level, cond.known.dtype)
-    return dataclasses.replace(cond, known=jnp.where(cond.mask > 0, flow.interpolate(cond.known, eps, level), 0))
+    noised = jnp.where(cond.mask > 0, flow.interpolate(cond.known, eps, level), 0)
+    if sink:
+        noised = jnp.concatenate([cond.known[:, :1], noised[:, 1:]], axis=1)
+    return dataclasses.replace(cond, known=noised)

@@ -108,8 +108,8 @@ class Streaming(Trajectory):
         histories = self.histories(params, windows, cond, chain_key)
         data = _flat(windows)
         told = jax.tree.map(lambda x: jnp.repeat(x, self.config.windows, axis=0), cond)
-        shown = _with_known(told, data[:, :count])
-        seen = conditioner.noise_history(_with_known(told, _flat(histories)), noise_key)
+        shown = conditioning.with_known(told, data[:, :count])
+        seen = conditioner.noise_history(conditioning.with_known(told, _flat(histories)), noise_key)
         losses = self.errors(params, data, shown, seen, key).reshape(batch, -1).mean(0)
         wrong = jnp.mean((histories - windows[:, :, :count]) ** 2, axis=(0, 2, 3, 4, 5))
         found = {"error": losses.mean(), "error_first": losses[0], "error_last": losses[-1], "history": wrong[-1]}
@@ -127,7 +127,7 @@ class Streaming(Trajectory):
             data, key = inputs
             start_key, known_key, restart_key = jax.random.split(key, 3)
             anew = jax.random.bernoulli(restart_key, config.restart, (len(data), 1, 1, 1, 1))
-            known = _with_known(cond, jnp.where(anew, data[:, : config.overlap], history))
+            known = conditioning.with_known(cond, jnp.where(anew, data[:, : config.overlap], history))
             seen = self.backbone.conditioner.noise_history(known, known_key)
             x = flow.interpolate(data, flow.draw_noise(start_key, data.shape), times[0])
             made = samplers.sample(lambda x, t, _: student(x, t, seen), known, x, times)
@@ -150,8 +150,3 @@ class Streaming(Trajectory):
 def _flat(windows: Array) -> Array:
     """(b, n, ...) -> (b n, ...), the windows of a sample in a row."""
     return windows.reshape(-1, *windows.shape[2:])
-
-
-def _with_known(cond: Conditioning, latents: Latents) -> Conditioning:
-    known, mask = conditioning.known_latents(latents, latents.shape[1], cond.known.shape[1])
-    return dataclasses.replace(cond, known=known, mask=mask)

@@ -69,7 +69,6 @@ WINDOWS: dict[str, tuple[str, Callable[[str], Any]]] = {  # of long videos, see 
     "carry": ("carry", str),
     "blend": ("blend", lambda text: bool(TRUTH.index(text))),
     "anchor": ("anchor", lambda text: bool(TRUTH.index(text))),
-    "refine": ("refine", lambda text: bool(TRUTH.index(text))),
 }
 TRUTH = ("false", "true")
 PARTS = {"lora": ("lora", str), "transformer": ("transformer", str)}

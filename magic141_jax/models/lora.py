@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,19 +30,19 @@ SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 @dataclasses.dataclass(frozen=True)
-class RefinerConfig:
-    """An adapter of a transformer that draws the known frames of a window anew (`distill.refinement`).
+class ContinuationConfig:
+    """An adapter of a transformer for all windows of a long video but the first (`distill.continuation`).
 
     Attributes:
       rank, paths: of the adapter, see `adapted`.
-      strength: the time to which frames are noised.
-      steps: of Euler's from there to 0, of one length.
+      overlap_latents: how many latents such a window knows: the first picture's, and the others of the window before.
+      history_noise: the level of noise on those.
     """
 
     rank: int
     paths: str = ""
-    strength: float = 0.5
-    steps: int = 6
+    overlap_latents: int = 2
+    history_noise: float = 0.1
 
 
 def adapted(network: Network, rank: int, *, paths: str = "") -> Network:
@@ -84,6 +85,14 @@ def fresh(network: Network, key: jax.Array) -> Params:
 
 
 def join(params: Params, adapter: Params, scale: float = 1.0) -> Params:
-    """Parameters of the adapted network: the frozen ones and `scale` times an adapter (its B is scaled)."""
-    scaled = {path: leaf * scale if path.endswith(".b") else leaf for path, leaf in flatten(adapter).items()}
-    return unflatten({**flatten(params), **scaled})
+    """Parameters of the adapted network: the frozen ones and `scale` times an adapter."""
+    return unflatten({**flatten(params), **flatten(scaled(adapter, scale))})
+
+
+def scaled(params: Params, scale: float | jax.Array) -> Params:
+    """Parameters whose adapters, if any, count `scale` times: their B is scaled."""
+
+    def scale_b(path: str, leaf: Any) -> Any:
+        return (leaf * scale).astype(leaf.dtype) if path.endswith(".b") else leaf
+
+    return unflatten({path: scale_b(path, leaf) for path, leaf in flatten(params).items()})

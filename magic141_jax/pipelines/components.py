@@ -3,7 +3,7 @@
     DIR/model_index.json                                 {"format": 1, "sampling": {...}}, see `SamplingSettings`;
                                                          with "base": "NAME" the rest is in the folder NAME beside DIR
     DIR/{transformer,vae,text_encoder,image_encoder}/    config.json + safetensors, see `magic141_jax.weights`
-    DIR/refiner/                                         likewise, if there is one: an adapter of the transformer
+    DIR/continuation/                                    likewise, if there is one: an adapter of the transformer
 
 or a published pipeline folder in diffusers' layout, see `magic141_jax.pipelines.published`.
 
@@ -94,12 +94,12 @@ class Model(NamedTuple):
     params: Held
 
 
-class Refiner(NamedTuple):
-    """What draws known frames anew: the transformer with an adapter, whose parameters stand beside the shared ones."""
+class Continuation(NamedTuple):
+    """What makes all windows but the first: the transformer with an adapter, beside parameters that both share."""
 
     network: Network
     params: Held
-    config: adapters.RefinerConfig
+    config: adapters.ContinuationConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Components:
     image_encoder: Model | None
     sampling: SamplingSettings
     mesh: jax.sharding.Mesh | None = None
-    refiner: Refiner | None = None
+    continuation: Continuation | None = None
 
     @functools.cached_property
     def digest(self) -> str:
@@ -170,20 +170,20 @@ def load_components(
         lend["transformer"] = functools.partial(_with_lora, lend["transformer"], file=Path(lora), scale=lora_scale)
     read = _published_components if published.is_published(index) else _own_components
     made = read(folder, index, own, dtype=dtype, mesh=mesh, lend=lend)
-    refiner = weights.part(folder, "refiner")
+    continuation = weights.part(folder, "continuation")
     # It is made for one transformer: not for another one that is asked for, nor for the folder's in place of its base's
-    other = transformer is not None or (own.parent.samefile(folder) and not refiner.parent.samefile(folder))
-    fits = refiner.is_dir() and not other
+    other = transformer is not None or (own.parent.samefile(folder) and not continuation.parent.samefile(folder))
+    fits = continuation.is_dir() and not other
     text_parts = [path for path in (weights.part(folder, name) for name in TEXT_PARTS) if path.is_dir()]
     return dataclasses.replace(
         made,
         vae=made.vae._replace(network=low.in_tiles(made.vae.network)),
         text_encoder=low.remembering(made.text_encoder, text_parts, dtype),
-        refiner=_refiner(refiner, made.transformer, dtype=dtype, mesh=mesh) if fits else None,
+        continuation=_continuation(continuation, made.transformer, dtype=dtype, mesh=mesh) if fits else None,
     )
 
 
-def _refiner(folder: Path, transformer: Model, *, dtype: Dtype, mesh: jax.sharding.Mesh | None) -> Refiner:
+def _continuation(folder: Path, transformer: Model, *, dtype: Dtype, mesh: jax.sharding.Mesh | None) -> Continuation:
     """An adapter that shares the transformer's parameters.
 
     Raises:
@@ -191,15 +191,15 @@ def _refiner(folder: Path, transformer: Model, *, dtype: Dtype, mesh: jax.shardi
     """
     mapping = weights.read_config(folder / "config.json")
     mapping.pop("model", None)
-    config = settings.build(adapters.RefinerConfig, mapping, where=f"{folder.name}/config.json")
+    config = settings.build(adapters.ContinuationConfig, mapping, where=f"{folder.name}/config.json")
     network = adapters.adapted(transformer.network, config.rank, paths=config.paths)
     _, adapter = weights.load(folder)
     own = unflatten({k: v for k, v in flatten(network.abstract_params).items() if adapters.is_adapter(k)})
-    require_match(adapter, own, what=f"{folder} (for another transformer? without it known frames stay as they are)")
+    require_match(adapter, own, what=f"{folder} (for another transformer? long videos can do without it)")
     adapter = sharding.lay(cast(adapter, jnp.dtype(dtype)), mesh, adapters.SHARDING_RULES)
     held = transformer.params
     params = adapters.join(held, adapter) if not callable(held) else lambda: adapters.join(held(), adapter)
-    return Refiner(network, params, config)
+    return Continuation(network, params, config)
 
 
 def default_dtype() -> Dtype:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ from magic141_jax import sharding
 from magic141_jax.diffusion import conditioning, flow, guidance, samplers, timesteps
 from magic141_jax.diffusion.conditioning import Conditioning, LatentMask
 from magic141_jax.errors import UserError
-from magic141_jax.models.lora import RefinerConfig
+from magic141_jax.models import lora
 from magic141_jax.models.mmdit import velocity_fn
 from magic141_jax.models.network import Network
 from magic141_jax.models.resident import Held, taken
@@ -118,8 +117,7 @@ class Engine:
         self._decode = self._stage(_decode, components.vae)
         seeing = components.image_encoder
         self._image_tokens = None if seeing is None else self._stage(_prepend_image_tokens, seeing)
-        refiner = components.refiner
-        self._redraw = None if refiner is None else self._stage(functools.partial(_redraw, refiner.config), refiner)
+        self._continue = self._stage(_continue, components.continuation or components.transformer)
         self._window = self._fused_window()
         self._text_sizes: set[int] = set()
 
@@ -222,12 +220,12 @@ class Engine:
         def from_host(stage: Stage | None, label: str, **static: Any) -> Callable[..., Any]:
             return lambda *arrays: sharding.to_host(stage(label, *arrays, **static))
 
+        denoise = from_host(self._denoise, "video", **static)
         stages = window.Stages(
-            denoise=from_host(self._denoise, "video", **static),
+            denoise=from_host(self._continue, "video", **static) if plan.sink else lambda walk, first: denoise(walk),
             decode=from_host(self._decode, "decode"),
             encode=from_host(self._encode_known, "video", total=total),
             look=from_host(self._image_tokens, "image"),
-            redraw=from_host(self._redraw, "video", count=plan.redrawn),
         )
         return window.step(stages, state, *prompts, plan=plan)
 
@@ -280,15 +278,14 @@ class Engine:
 
     def _fused_window(self) -> Stage | None:
         """The program of a window; None where parameters come and go, since it needs all of them at once."""
-        names = ("transformer", "vae", "image_encoder", "refiner")
+        names = ("transformer", "vae", "image_encoder", "continuation")
         models = {name: getattr(self.components, name) for name in names}
         models = {name: model for name, model in models.items() if model is not None}
         params = {name: model.params for name, model in models.items()}
         if any(map(callable, params.values())):
             return None
-        refiner = self.components.refiner
         networks = {name: model.network for name, model in models.items()}
-        function = functools.partial(_window, networks, None if refiner is None else refiner.config)
+        function = functools.partial(_window, networks)
         return self._make(function, params, self.seconds, mesh=self.components.mesh, donate=[0], wait=False)
 
     def _stage(self, function: Callable[..., Any], model: Model) -> Stage:
@@ -327,6 +324,7 @@ def _denoise(
     callback: samplers.StepCallback | None,
     image_share: float,
     keep: bool,
+    sink: bool = False,
 ) -> Latents:
     cond, keys = walk.cond, jax.vmap(_keys)(walk.draws)
     noise = flow.draw_noise(keys[:, 0], cond.known.shape) if walk.noise is None else walk.noise
@@ -336,7 +334,7 @@ def _denoise(
     velocity = velocity_fn(network, params, guidance=scale if network.config.guidance_embedding else None)
     if walk.negative is not None:
         velocity = guidance.guided(velocity, conditioning.replace_text(cond, *walk.negative), scale)
-    seen = conditioning.noise_known(cond, keys[:, 1], walk.history_noise)
+    seen = conditioning.noise_known(cond, keys[:, 1], walk.history_noise, sink=sink)
     return samplers.sample(
         lambda x, t, _: velocity(x, t, seen),
         cond,
@@ -370,22 +368,13 @@ def _prepend_image_tokens(
     return conditioning.with_image_tokens(text, mask, network(params, images))
 
 
-def _redraw(
-    config: RefinerConfig, network: Network, params: Params, cond: Conditioning, draws: jax.Array, *, count: int
-) -> Latents:
-    """The first `count` known latents, noised to the refiner's time and denoised from there."""
-    keys = jax.vmap(lambda draw: jax.random.fold_in(_keys(draw)[1], 1))(draws)  # beside the history noise's
-    times = jnp.linspace(config.strength, 0, config.steps + 1)
-    held = cond.known[:, :count]
-    x = flow.interpolate(held, flow.draw_noise(keys, held.shape), times[0])
-    nothing = dataclasses.replace(cond, known=jnp.zeros_like(held), mask=jnp.zeros_like(cond.mask[:, :count]))
-    velocity = velocity_fn(network, params, guidance=1.0 if network.config.guidance_embedding else None)
-    return samplers.sample(lambda x, t, _: velocity(x, t, nothing), nothing, x, times)
+def _continue(network: Network, params: Params, walk: _Walk, first: jax.Array, **static: Any) -> Latents:
+    """`_denoise` of a window behind a sink; an adapter of the network counts in all windows but the first."""
+    return _denoise(network, lora.scaled(params, 1 - jnp.asarray(first, jnp.float32)), walk, sink=True, **static)
 
 
 def _window(
     networks: Mapping[str, Network],
-    refining: RefinerConfig | None,
     params: Mapping[str, Params],
     state: window.State,
     prompts: Prompts,
@@ -397,11 +386,12 @@ def _window(
     def bound(function: Callable[..., Any], name: str, **static: Any) -> Callable[..., Any]:
         return functools.partial(function, networks.get(name), params.get(name), **static)
 
+    going_on = bound(_continue, "continuation" if "continuation" in networks else "transformer", **static)
+    denoise = bound(_denoise, "transformer", **static)
     stages = window.Stages(
-        denoise=bound(_denoise, "transformer", **static),
+        denoise=going_on if plan.sink else lambda walk, first: denoise(walk),
         decode=bound(_decode, "vae"),
         encode=bound(_encode_known, "vae", total=total),
         look=bound(_prepend_image_tokens, "image_encoder"),
-        redraw=bound(functools.partial(_redraw, refining), "refiner", count=plan.redrawn),
     )
     return window.step(stages, state, *prompts, plan=plan)

@@ -11,10 +11,11 @@ stands for one pixel frame and every other for four, so a latent from the middle
 The first image's tokens stay before the text of every window, as an anchor against drift; a little noise on what the
 network sees of the known latents (history noise) hides the model's own errors from it. `SamplingOptions` has others:
 
-    refine         the known frames are drawn anew by an adapter, from noise of a middle level (`distill.refinement`)
     match_colors   the colours of every window's border are moved toward those of the first window
     blend          the shared frames fade from window w - 1 to window w, which then emits them
-    carry          "latents": only the first known latent is encoded anew, the other k - 1 are the window's own
+    carry          "latents": only the first known latent is encoded anew, the other k - 1 are the window's own;
+                   "sink": the first is the first picture's in every window, and nothing is encoded anew. With weights
+                   that have an adapter for it (`distill.continuation`) that is the default
     anchor         False: image tokens are those of the window's own first frame, as in image to video done repeatedly
 
 All windows run one program (`pipelines.window`), and nothing but frames comes to the host. Window w + 1 is started
@@ -167,11 +168,11 @@ def make_plan(options: SamplingOptions, components: Components) -> Plan:
         length=options.num_frames - dropped,
         overlap=overlap_frames(options, components.vae.network.config.temporal_factor),
         dropped=dropped,
-        carried=options.overlap_latents - 1 if options.carry == "latents" else 0,
+        carried=0 if options.carry == "pixels" else options.overlap_latents - 1,
         blend=options.blend,
         anchor=options.anchor,
         match_colors=options.match_colors,
-        redrawn=options.overlap_latents if options.refine else 0,
+        sink=options.carry == "sink",
     )
 
 

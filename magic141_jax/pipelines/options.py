@@ -44,10 +44,9 @@ class SamplingOptions:
       history_noise: long video: noise level of those frames, 0 to 1.
       match_colors: long video: how strongly (0 to 1) a window's border colours are moved toward the first window's.
       carry: long video: "pixels" encodes all frames that the next window knows anew; "latents" only the first, and
-        carries the window's own latents over for the others.
+        carries the window's own latents over for the others; "sink" carries them likewise, behind the first picture's
+        latent. "sink" by default where the weights have an adapter for it, which is used with it alone.
       blend: long video: whether the frames that two windows share fade from one to the other.
-      refine: long video: whether the frames that a window knows are drawn anew first; by default where the weights
-        have an adapter for it.
       anchor: long video: whether the first image's tokens stay; else each window has those of its own first frame.
     """
 
@@ -66,10 +65,9 @@ class SamplingOptions:
     overlap_latents: int | None = None
     history_noise: float | None = None
     match_colors: float = 0.0
-    carry: Literal["pixels", "latents"] = "pixels"
+    carry: Literal["pixels", "latents", "sink"] | None = None
     blend: bool = False
     anchor: bool = True
-    refine: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,20 +100,20 @@ def resolve(options: Mapping[str, Any], components: Components, *, frames: int |
     made = settings.build(SamplingOptions, given, where="options")
     if frames is not None and made.num_frames not in (None, frames):
         raise UserError(f"num_frames is {made.num_frames}; this pipeline makes {frames}")
-    defaults = dataclasses.asdict(components.sampling) | ({} if frames is None else {"num_frames": frames})
+    fixed = {} if frames is None else {"num_frames": frames}
+    defaults = {**dataclasses.asdict(components.sampling), "carry": "pixels", **fixed}
+    factor, continuation = components.vae.network.config.temporal_factor, components.continuation
+    window = latent_frames(defaults["num_frames"] if made.num_frames is None else made.num_frames, factor)
+    if continuation is not None and made.carry in (None, "sink") and window > continuation.config.overlap_latents:
+        defaults |= {**dataclasses.asdict(continuation.config), "carry": "sink"}
     names = [f.name for f in dataclasses.fields(SamplingOptions)]
     unset = {k: defaults[k] for k in names if getattr(made, k) is None and k in defaults}
     made = dataclasses.replace(made, **unset)
-    if made.refine and components.refiner is None:
-        raise UserError("refine needs weights with a refiner (docs/long_video.md); leave it out")
-    if made.refine is None:
-        made = dataclasses.replace(made, refine=components.refiner is not None)
     dynamic = components.sampling.dynamic_shift
     if dynamic is not None and "shift" in unset:
         made = dataclasses.replace(made, shift=dynamic_shift(_image_tokens(made, components), **dynamic))
     _check_ranges(made)
     check_size(made.height, made.width, cell=size_cell(components))
-    window = latent_frames(made.num_frames, components.vae.network.config.temporal_factor)
     if frames is None:
         _check_windows(made, window, components)
     return made
@@ -194,8 +192,8 @@ def _check_windows(options: SamplingOptions, window: int, components: Components
     overlap, dropped = options.overlap_latents, components.sampling.dropped_frames
     if not 1 <= overlap < max(window, 2):  # pyright: ignore[reportOperatorIssue]
         raise UserError(f"overlap_latents is {overlap}; a window has {window} latent frames")
-    if options.carry == "latents" and overlap == 1:
-        raise UserError("carry is 'latents', but a single known latent is always encoded anew; raise overlap_latents")
+    if options.carry != "pixels" and overlap == 1:
+        raise UserError(f"carry is {options.carry!r}, but a single known latent isn't carried; raise overlap_latents")
     if options.blend and overlap == 1 and dropped:
         raise UserError("blend has nothing to fade: these weights drop the frame that is shared; raise overlap_latents")
     if not options.anchor and components.text_encoder.image_tokens:

@@ -1,10 +1,10 @@
 """One window of a long video, a pure function of its prompt and of what the window before left (arXiv 2502.07701).
 
-    conditioning   the prompt's text behind the image tokens; known latents, under history noise but in window 0, and
-                   before that drawn anew
+    conditioning   the prompt's text behind the image tokens; known latents, under history noise but in window 0
     latents        denoised
     frames         decoded; colours moved toward window 0's; what is shown cross-fades from the window before
-    left           the last frames encoded anew, or the first of them, with the window's own latents behind it
+    left           the last frames encoded anew; or the first of them alone, or none of them but the first picture's
+                   latent (a sink), with the window's own latents behind it
 
 What networks do comes in as functions (`Stages`). Pure ones make a window one program; an engine's stages make it
 several, between which parameters can come and go. What sets window 0 apart is data, so one program serves all windows.
@@ -39,10 +39,10 @@ class Plan:
       overlap: how many of its last ones the next window knows.
       dropped: decoded frames cut off at the start of a window, as the weights ask for it.
       carried: known latents that are a window's own, behind the first one, which is encoded from pixels.
+      sink: whether that one is the first picture's in every window, and nothing is encoded.
       blend: whether the shared frames fade from the window before to this one.
       anchor: whether the first image's tokens stay; else they are of each window's own first frame.
       match_colors: see `match_colors`; 0 leaves it out.
-      redrawn: how many known latents are drawn anew (`Stages.redraw`) before a window other than the first.
     """
 
     length: int
@@ -52,7 +52,7 @@ class Plan:
     blend: bool = False
     anchor: bool = True
     match_colors: float = 0.0
-    redrawn: int = 0
+    sink: bool = False
 
     @property
     def shared(self) -> int:
@@ -90,6 +90,7 @@ class State(NamedTuple):
       history_noise: the level of all windows but the first, whose level is in `walk`.
       first: whether the window is the first, ().
       tail: the shared frames as the window before made them, (b, `Plan.faded`, y, x, 3).
+      before: with a sink the latent in whose place it stands, (b, 1, h, w, c): the one before the carried ones.
       colours: of the first window.
     """
 
@@ -97,6 +98,7 @@ class State(NamedTuple):
     history_noise: jax.Array
     first: jax.Array
     tail: Frames
+    before: Latents
     colours: Colours
 
 
@@ -104,18 +106,16 @@ class Stages(NamedTuple):
     """The networks as functions.
 
     Attributes:
-      denoise: a walk -> latents.
+      denoise: a walk, and whether it is the first window's -> latents.
       decode: latents -> frames.
       encode: frames (b, 4(k-1)+1, y, x, 3) -> k known latents of a clip, and their mask.
       look: images, text, mask -> both with the images' tokens in front.
-      redraw: conditioning and draws -> its known latents without what has worn off; None where nothing does that.
     """
 
-    denoise: Callable[[Any], Latents]
+    denoise: Callable[[Any, jax.Array], Latents]
     decode: Callable[[Latents], Frames]
     encode: Callable[[Frames], tuple[Latents, LatentMask]]
     look: Callable[[Images, Tokens, TokenMask], tuple[Tokens, TokenMask]]
-    redraw: Callable[[Conditioning, Any], Latents] | None = None
 
 
 def begin(walk: Any, history_noise: float, *, plan: Plan, size: tuple[int, int]) -> State:
@@ -128,6 +128,7 @@ def begin(walk: Any, history_noise: float, *, plan: Plan, size: tuple[int, int])
         np.float32(history_noise),
         np.array(True),
         np.zeros((b, plan.faded, *size, 3), np.float32),
+        np.zeros_like(cond.known[:, : int(plan.sink)]),
         Colours(*np.zeros((2, b, 1, 1, 1, 3), np.float32)),
     )
 
@@ -138,12 +139,8 @@ def step(
     """One window with the text of its prompt: its frames (b, `Plan.length`, y, x, 3), and the state for the next."""
     walk = state.walk
     cond = conditioning.replace_text(walk.cond, *positive)
-    if plan.redrawn:
-        known = stages.redraw(cond, walk.draws)
-        known = jnp.concatenate([known, cond.known[:, plan.redrawn :]], axis=1)
-        cond = dataclasses.replace(cond, known=jnp.where(state.first, cond.known, known))
-    latents = stages.denoise(walk._replace(cond=cond, negative=negative))
-    frames = stages.decode(latents)[:, plan.dropped :]
+    latents = stages.denoise(walk._replace(cond=cond, negative=negative), state.first)
+    frames = stages.decode(_in_order(latents, state, plan=plan))[:, plan.dropped :]
     colours = state.colours
     if plan.match_colors:
         pairs = zip(border_colours(frames), colours, strict=True)
@@ -155,7 +152,8 @@ def step(
         history_noise=jnp.asarray(state.history_noise),
     )
     tail = frames[:, frames.shape[1] - plan.faded :]
-    left = State(walk, state.history_noise, jnp.zeros_like(state.first), tail, colours)
+    before = latents[:, -1 - plan.carried :][:, : int(plan.sink)]
+    left = State(walk, state.history_noise, jnp.zeros_like(state.first), tail, before, colours)
     return cross_fade(state.tail, frames, state.first), left
 
 
@@ -199,18 +197,30 @@ def border_colours(frames: Frames) -> Colours:
     return Colours(centre, jnp.sqrt(mean((frames - centre) ** 2)))
 
 
+def _in_order(latents: Latents, state: State, *, plan: Plan) -> Latents:
+    """A window's latents as they follow each other in the video: no sink, but what it stands in the place of."""
+    if not plan.sink:
+        return latents
+    # What is new is decoded behind its own past; of the latent that is first here no frame is new.
+    first = jnp.where(state.first, latents[:, :1], state.before)
+    return jnp.concatenate([first, latents[:, 1:]], axis=1)
+
+
 def _next_conditioning(
     stages: Stages, cond: Conditioning, frames: Frames, latents: Latents, *, plan: Plan
 ) -> Conditioning:
     """What the next window knows of this one's frames and latents, its image tokens without text."""
-    recent = frames[:, -plan.overlap :]
-    # In a causal VAE the first latent stands for one pixel frame, every other for four: a latent from the middle of a
-    # clip is no first one. So that one is encoded from the pixel frame at its place; those behind it may be carried.
-    known, mask = stages.encode(recent[:, :1] if plan.carried else recent)
-    if plan.carried:
-        kept = jnp.concatenate([known[:, :1], latents[:, -plan.carried :]], axis=1)
-        known, mask = conditioning.known_latents(kept, kept.shape[1], known.shape[1])
+    recent, carried = frames[:, -plan.overlap :], latents[:, latents.shape[1] - plan.carried :]
+    if plan.sink:
+        cond = conditioning.with_known(cond, jnp.concatenate([cond.known[:, :1], carried], axis=1))
+    else:
+        # In a causal VAE the first latent stands for one pixel frame, every other for four: a latent from the middle of
+        # a clip is no first one. So that is encoded from the pixel frame at its place; those behind it may be carried.
+        known, mask = stages.encode(recent[:, :1] if plan.carried else recent)
+        cond = dataclasses.replace(cond, known=known, mask=mask)
+        if plan.carried:
+            cond = conditioning.with_known(cond, jnp.concatenate([known[:, :1], carried], axis=1))
     if not plan.anchor:
         text, text_mask = stages.look(recent[:, 0], cond.text[:, :0], cond.text_mask[:, :0])
         cond = dataclasses.replace(cond, text=text, text_mask=text_mask)
-    return dataclasses.replace(cond, known=known, mask=mask)
+    return cond

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     off, _ = Measured(*small)(small.params, found, truth)
     config = {"model": "mmdit", **settings.to_dict(small.network.config)}
     # an adapter for a transformer of other sizes is of no use
-    unfit = {"refiner": None} if small.network.config != model.network.config else {}
+    unfit = {"continuation": None} if small.network.config != model.network.config else {}
     weights.derive(source, args.target, {TRANSFORMER: (config, small.params), **unfit})
     print(_summary(model, small, off, pattern=args.pattern))
     print(f"wrote {args.target}")

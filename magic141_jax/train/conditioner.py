@@ -140,13 +140,13 @@ class Conditioner:
         null = self.null_text
         return conditioning.replace_text(cond, null.text[None], null.text_mask[None], null.pooled[None])
 
-    def noise_history(self, cond: Conditioning, key: jax.Array) -> Conditioning:
+    def noise_history(self, cond: Conditioning, key: jax.Array, *, sink: bool = False) -> Conditioning:
         """The conditioning with history noise on known frames, at random (`conditioning.noise_known`)."""
         chance_key, level_key, noise_key = jax.random.split(key, 3)
         batch = cond.known.shape[:1]
         noised = jax.random.bernoulli(chance_key, self.config.history_noise_probability, batch)
         level: Times = noised * jax.random.uniform(level_key, batch, maxval=self.config.history_noise_max)
-        return conditioning.noise_known(cond, noise_key, level)
+        return conditioning.noise_known(cond, noise_key, level, sink=sink)
 
 
 def as_float(pixels: jax.Array) -> Images:

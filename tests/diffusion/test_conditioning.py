@@ -109,6 +109,9 @@ def test_history_noise_touches_only_known_frames():
     levels = noise_known(cond, key, jnp.array([0.5, 0.0, 0.1])).known
     np.testing.assert_array_equal(levels[1], cond.known[1])
     np.testing.assert_array_equal(levels[2], noised.known[2])
+    sink = noise_known(cond, key, 0.1, sink=True).known
+    np.testing.assert_array_equal(sink[:, :1], cond.known[:, :1], "a given picture is no history")
+    np.testing.assert_array_equal(sink[:, 1:], noised.known[:, 1:])
 
 
 def test_conditioning_is_a_pytree_with_a_static_count():

@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 
 from magic141_jax import weights
-from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.errors import UserError
 from magic141_jax.models import lora
 from magic141_jax.pipelines import TextToVideoPipeline
 from magic141_jax.pipelines.components import load_components, load_model
-from magic141_jax.pipelines.engine import _redraw
 from magic141_jax.pipelines.long_video import VideoStream, count_windows, make_plan, overlap_frames, stream_video
 from magic141_jax.pipelines.options import resolve
 from magic141_jax.pipelines.window import Plan
@@ -177,6 +175,7 @@ def test_options_become_a_plan(pipeline):
     assert plan() == plain
     asked = {"blend": True, "anchor": False, "match_colors": 0.5}
     assert plan(carry="latents", **asked) == dataclasses.replace(plain, carried=1, **asked)
+    assert plan(carry="sink") == dataclasses.replace(plain, carried=1, sink=True)
 
 
 def test_bad_calls(pipeline):
@@ -196,78 +195,57 @@ def test_bad_calls(pipeline):
 
 
 @pytest.fixture(scope="module")
-def refined_folder(weights_folder, tmp_path_factory):
-    """The tiny weights with a random refiner."""
-    made = tmp_path_factory.mktemp("refined") / "tiny"
+def continued_folder(weights_folder, tmp_path_factory):
+    """The tiny weights with a random adapter for all windows but the first."""
+    made = tmp_path_factory.mktemp("continued") / "tiny"
     shutil.copytree(weights_folder, made)
     network = load_model(made / "transformer").network
     adapter = flatten(lora.fresh(lora.adapted(network, 2, paths="qkv|mlp"), jax.random.key(0)))
     rng = np.random.default_rng(0)
     random = {path: np.float32(rng.normal(0, 0.3, np.shape(leaf))) for path, leaf in adapter.items()}
-    fields = {"model": "refiner", "rank": 2, "paths": "qkv|mlp", "strength": 0.6, "steps": 2}
-    weights.save(made / "refiner", fields, unflatten(random), storage="int8")
+    fields = {"model": "continuation", "rank": 2, "paths": "qkv|mlp", "overlap_latents": 2, "history_noise": 0.25}
+    weights.save(made / "continuation", fields, unflatten(random), storage="int8")
     return made
 
 
-def test_known_frames_are_drawn_anew_from_the_second_window_on(pipeline, refined_folder, monkeypatch):
-    refined = TextToVideoPipeline.from_pretrained(refined_folder)
-    plain, made, off = (
-        whole(p, 25, seed=3, **options) for p, options in ((pipeline, {}), (refined, {}), (refined, {"refine": False}))
-    )
-    np.testing.assert_allclose(off, plain, atol=1e-4)
-    np.testing.assert_allclose(made[:9], plain[:9], atol=1e-4, err_msg="window 0 is told the first image as it is")
+def test_the_adapter_makes_all_windows_but_the_first(pipeline, continued_folder, monkeypatch):
+    continued = TextToVideoPipeline.from_pretrained(continued_folder)
+    asked = {"carry": "sink", "overlap_latents": 2, "history_noise": 0.25}
+    made = whole(continued, 17, seed=3)
+    np.testing.assert_array_equal(whole(continued, 17, seed=3, **asked), made, err_msg="the adapter's own settings")
+    plain = whole(pipeline, 17, seed=3, **asked)
+    np.testing.assert_allclose(made[:9], plain[:9], atol=1e-4, err_msg="window 0 is the transformer's own")
     assert np.abs(made[9:] - plain[9:]).max() > 1e-3
-    monkeypatch.setattr(refined.engine, "_window", None)
-    np.testing.assert_allclose(whole(refined, 25, seed=3), made, atol=5e-4, err_msg="stage by stage")
+    other = {"carry": "latents", "overlap_latents": 2}
+    np.testing.assert_allclose(whole(continued, 17, seed=3, **other), whole(pipeline, 17, seed=3, **other), atol=1e-4)
+    monkeypatch.setattr(continued.engine, "_window", None)
+    np.testing.assert_allclose(whole(continued, 17, seed=3), made, atol=5e-4, err_msg="stage by stage")
 
 
-def test_a_refiner_where_parameters_come_and_go(refined_folder):
-    made = whole(TextToVideoPipeline.from_pretrained(refined_folder), 18, seed=3)
-    lent = TextToVideoPipeline.from_pretrained(refined_folder, offload=True)
-    np.testing.assert_allclose(whole(lent, 18, seed=3), made, atol=5e-4)
+def test_an_adapter_where_parameters_come_and_go(continued_folder):
+    made = whole(TextToVideoPipeline.from_pretrained(continued_folder), 14, seed=3)
+    lent = TextToVideoPipeline.from_pretrained(continued_folder, offload=True)
+    np.testing.assert_allclose(whole(lent, 14, seed=3), made, atol=5e-4)
 
 
-def test_what_is_drawn_anew_starts_from_noise_of_the_refiners_level(refined_folder):
-    """With a velocity of zero what is left is (1 - t) known + t noise, of the known latents alone."""
-    refined = TextToVideoPipeline.from_pretrained(refined_folder)
-    zero = jax.tree.map(np.zeros_like, refined.components.refiner.params)
-    network, _, config = refined.components.refiner
-    shape = (2, 3, 4, 4, 4)
-    known = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    text = np.zeros((2, 5, network.config.text_width), np.float32)
-    pooled = np.zeros((2, network.config.pooled_width), np.float32)
-    cond = Conditioning(text, np.ones((2, 5), bool), pooled, known, np.ones((*shape[:-1], 1), np.float32))
-    draws = np.array([[1, 0, 2], [1, 1, 2]], np.uint32)
-    t = config.strength
-    made = np.asarray(_redraw(config, network, zero, cond, draws, count=1))
-    noise = (made - (1 - t) * known[:, :1]) / t
-    assert made.shape == (2, 1, 4, 4, 4) and 0.6 < noise.std() < 1.4 and abs(noise.mean()) < 0.5
-    assert np.abs(noise[0] - noise[1]).max() > 0.1, "each sample has its own noise"
-
-
-def test_weights_without_a_refiner_can_not_refine(pipeline):
-    with pytest.raises(UserError, match="refine needs weights with a refiner"):
-        stream_video(pipeline, PROMPT, total_frames=18, refine=True)
-
-
-def test_a_refiner_of_another_transformer_is_told(refined_folder, tmp_path):
-    shutil.copytree(refined_folder, tmp_path / "other")
-    config, adapter = weights.load(refined_folder / "refiner")
+def test_an_adapter_of_another_transformer_is_told(continued_folder, tmp_path):
+    shutil.copytree(continued_folder, tmp_path / "other")
+    config, adapter = weights.load(continued_folder / "continuation")
     wrong = {path: np.asarray(leaf)[..., :-1, :] for path, leaf in flatten(adapter).items()}
-    weights.save(tmp_path / "other" / "refiner", config, unflatten(wrong))
+    weights.save(tmp_path / "other" / "continuation", config, unflatten(wrong))
     with pytest.raises(UserError, match="for another transformer"):
         TextToVideoPipeline.from_pretrained(tmp_path / "other")
 
 
-def test_a_refiner_is_of_one_transformer(refined_folder, tmp_path):
-    """A folder that has a transformer of its own does not borrow its base's refiner; one that has none does."""
-    shutil.copytree(refined_folder, tmp_path / "base")
-    index = {**weights.read_json(refined_folder / "model_index.json"), "base": "base"}
+def test_an_adapter_is_of_one_transformer(continued_folder, tmp_path):
+    """A folder that has a transformer of its own does not borrow its base's adapter; one that has none does."""
+    shutil.copytree(continued_folder, tmp_path / "base")
+    index = {**weights.read_json(continued_folder / "model_index.json"), "base": "base"}
     for name, own in (("student", True), ("tuned", False)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model_index.json").write_text(json.dumps(index))
         if own:
-            shutil.copytree(refined_folder / "transformer", tmp_path / name / "transformer")
-    assert load_components(tmp_path / "student").refiner is None
-    assert load_components(tmp_path / "tuned").refiner is not None
-    assert load_components(refined_folder, transformer=refined_folder / "transformer").refiner is None
+            shutil.copytree(continued_folder / "transformer", tmp_path / name / "transformer")
+    assert load_components(tmp_path / "student").continuation is None
+    assert load_components(tmp_path / "tuned").continuation is not None
+    assert load_components(continued_folder, transformer=continued_folder / "transformer").continuation is None

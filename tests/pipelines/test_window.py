@@ -43,15 +43,17 @@ class Networks:
     """Window w's frames are clip(w), its latents are w + 1 and the number of the latent frame."""
 
     def __init__(self):
-        self.walks, self.encoded = [], []
+        self.walks, self.encoded, self.decoded = [], [], []
 
-    def denoise(self, walk):
+    def denoise(self, walk, first):
+        assert bool(first) == (not self.walks)
         self.walks.append(walk)
         numbers = np.arange(LATENTS, dtype=np.float32)[None, :, None, None, None]
         return np.broadcast_to(10 * len(self.walks) + numbers, (1, LATENTS, 2, 2, 1))
 
     def decode(self, latents):
-        return clip(int(latents[0, 0, 0, 0, 0]) // 10 - 1)
+        self.decoded.append(np.asarray(latents)[0, :, 0, 0, 0].tolist())
+        return clip(int(latents[0, -1, 0, 0, 0]) // 10 - 1)
 
     def encode(self, frames):
         self.encoded.append(np.asarray(frames))
@@ -64,7 +66,7 @@ class Networks:
 
 
 def run(plan, windows=3, history_noise=0.3):
-    """The walks that the network was given, what it encoded, and the frames of each window."""
+    """The networks with what they were given, and the frames of each window."""
     known, mask = known_latents(np.full((1, 1, 2, 2, 1), -2.0, np.float32), 1, LATENTS)
     shown = np.ones((1, 5), bool)
     cond = Conditioning(np.full((1, 5, 5), 7.0, np.float32), shown, text(0).pooled, known, mask, image_tokens=2)
@@ -78,57 +80,69 @@ def run(plan, windows=3, history_noise=0.3):
         # What comes out can take the memory of what went in, and meets the same program.
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == before
         frames.append(np.asarray(made))
-    return networks.walks, networks.encoded, frames
+    return networks, frames
 
 
 def test_text_noise_and_history_are_a_windows_own():
-    walks, encoded, frames = run(Plan(length=13, overlap=5))
-    for window, walk in enumerate(walks):
+    networks, frames = run(Plan(length=13, overlap=5))
+    for window, walk in enumerate(networks.walks):
         assert np.asarray(walk.cond.text)[0, :, 0].tolist() == [7, 7, *[window] * 3], "the anchor stays before the text"
         assert np.asarray(walk.cond.pooled).tolist() == [[window] * 2]
         assert np.asarray(walk.draws).tolist() == [[3, 0, 1 + window]]
         assert float(walk.history_noise) == np.float32(0.3 if window else 0)
         assert np.asarray(walk.cond.mask)[0, :, 0, 0, 0].tolist() == [1, int(window > 0), 0, 0]
         np.testing.assert_array_equal(frames[window], clip(window))
-        np.testing.assert_array_equal(encoded[window], clip(window)[:, -5:])
-    assert walks[0].cond.known[0, 0, 0, 0, 0] == -2 and walks[1].cond.known[0, 1, 0, 0, 0] == -1
+        np.testing.assert_array_equal(networks.encoded[window], clip(window)[:, -5:])
+    assert networks.walks[0].cond.known[0, 0, 0, 0, 0] == -2 and networks.walks[1].cond.known[0, 1, 0, 0, 0] == -1
 
 
 def test_carried_latents_stand_behind_one_that_is_encoded_at_its_place():
-    walks, encoded, _ = run(Plan(length=13, overlap=9, carried=2))
-    known = np.asarray(walks[1].cond.known)[0, :, 0, 0, 0]
+    networks, _ = run(Plan(length=13, overlap=9, carried=2))
+    known = np.asarray(networks.walks[1].cond.known)[0, :, 0, 0, 0]
     assert known.tolist() == [-1, 12, 13, 0], "latents 2 and 3 of window 0 stand for its last 8 frames"
-    assert np.asarray(walks[1].cond.mask)[0, :, 0, 0, 0].tolist() == [1, 1, 1, 0]
-    np.testing.assert_array_equal(encoded[0], clip(0)[:, 4:5])
+    assert np.asarray(networks.walks[1].cond.mask)[0, :, 0, 0, 0].tolist() == [1, 1, 1, 0]
+    np.testing.assert_array_equal(networks.encoded[0], clip(0)[:, 4:5])
+
+
+def test_a_sink_is_the_first_pictures_latent_and_decoded_is_what_it_stands_in_the_place_of():
+    networks, frames = run(Plan(length=13, overlap=9, carried=2, sink=True))
+    known = [np.asarray(walk.cond.known)[0, :, 0, 0, 0].tolist() for walk in networks.walks]
+    assert known == [[-2, 0, 0, 0], [-2, 12, 13, 0], [-2, 22, 23, 0]]
+    assert np.asarray(networks.walks[1].cond.mask)[0, :, 0, 0, 0].tolist() == [1, 1, 1, 0]
+    assert networks.decoded == [[10, 11, 12, 13], [11, 21, 22, 23], [21, 31, 32, 33]]
+    assert not networks.encoded, "nothing is encoded anew"
+    np.testing.assert_array_equal(frames[2], clip(2))
 
 
 def test_without_an_anchor_the_image_is_the_windows_own_first_frame():
-    walks, _, _ = run(Plan(length=13, overlap=5, anchor=False))
-    assert np.asarray(walks[0].cond.text)[0, :2, 0].tolist() == [7, 7]
+    networks, _ = run(Plan(length=13, overlap=5, anchor=False))
+    assert np.asarray(networks.walks[0].cond.text)[0, :2, 0].tolist() == [7, 7]
     for window in (1, 2):
-        tokens = np.asarray(walks[window].cond.text)[0, :, 0]
+        tokens = np.asarray(networks.walks[window].cond.text)[0, :, 0]
         np.testing.assert_allclose(tokens, [*[clip(window - 1)[:, -5].mean()] * 2, *[window] * 3], rtol=1e-6)
 
 
 def test_shared_frames_fade():
-    _, encoded, frames = run(Plan(length=13, overlap=5, blend=True))
+    networks, frames = run(Plan(length=13, overlap=5, blend=True))
     np.testing.assert_array_equal(frames[0], clip(0))
     for window in (1, 2):
         share = np.array([1, 2, 3, 4, 5])[None, :, None, None, None] / 6
         faded = (1 - share) * clip(window - 1)[:, -5:] + share * clip(window)[:, :5]
         np.testing.assert_allclose(frames[window][:, :5], faded, atol=1e-6)
         np.testing.assert_array_equal(frames[window][:, 5:], clip(window)[:, 5:])
-        np.testing.assert_array_equal(encoded[window], clip(window)[:, -5:], "a window goes on from its own frames")
+        np.testing.assert_array_equal(
+            networks.encoded[window], clip(window)[:, -5:], "a window goes on from its own frames"
+        )
     np.testing.assert_array_equal(cross_fade(clip(0)[:, :0], clip(1), False), clip(1))
 
 
 def test_every_window_has_the_colours_of_the_first():
-    _, encoded, frames = run(Plan(length=13, overlap=5, match_colors=1.0))
+    networks, frames = run(Plan(length=13, overlap=5, match_colors=1.0))
     reference = border_colours(clip(0))
     np.testing.assert_allclose(frames[0], clip(0), atol=1e-6)
     for window in (1, 2):
         np.testing.assert_allclose(frames[window], match_colors(clip(window), reference, 1.0), atol=1e-6)
-        np.testing.assert_array_equal(encoded[window], frames[window][:, -5:])
+        np.testing.assert_array_equal(networks.encoded[window], frames[window][:, -5:])
 
 
 @pytest.mark.parametrize("blend", [False, True])
@@ -146,10 +160,10 @@ def test_every_frame_of_a_video_is_shown_once(blend, overlap, dropped):
 
 
 def test_what_is_dropped_is_neither_shown_nor_known():
-    _, encoded, frames = run(Plan(length=9, overlap=5, dropped=4, blend=True))
+    networks, frames = run(Plan(length=9, overlap=5, dropped=4, blend=True))
     np.testing.assert_array_equal(frames[0], clip(0)[:, 4:])
     np.testing.assert_allclose(frames[1][:, 0], (clip(0)[:, -1] + clip(1)[:, 4]) / 2, atol=1e-6)
-    np.testing.assert_array_equal(encoded[0], clip(0)[:, -5:])
+    np.testing.assert_array_equal(networks.encoded[0], clip(0)[:, -5:])
 
 
 def test_border_colours():
