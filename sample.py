@@ -27,7 +27,7 @@ from magic141_jax.aot import dry, preflight
 from magic141_jax.errors import UserError, nearest, run_entry_point
 from magic141_jax.pipelines import media, provenance
 from magic141_jax.pipelines.components import DEFAULT, default_dtype
-from magic141_jax.pipelines.options import resolve
+from magic141_jax.pipelines.options import parse_size, resolve
 from magic141_jax.pipelines.schedule import opening, read_schedule
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 from magic141_jax.sharding import AXES, make_mesh, parse_mesh
@@ -165,10 +165,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "blend": args.blend,
     }
     if args.size is not None:
-        sides = args.size.lower().split("x")
-        if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-            raise UserError(f"--size is {args.size!r}; write 64, or WIDTHxHEIGHT such as 96x64")
-        options["width"], options["height"] = int(sides[0]), int(sides[-1])
+        options["width"], options["height"] = parse_size(args.size, "--size")
     return options
 
 

@@ -22,7 +22,7 @@ def get_config():
             "history_noise_max": 0.4,
         },
         image_batch=0,
-        video_batch=12,
+        video_batch=8,
         optimizer={
             "name": "muon",
             "muon_learning_rate": 2.5e-3,
@@ -34,7 +34,7 @@ def get_config():
             "b2": 0.98,
             "ema_decay": 0.98,
         },
-        train={"steps": 1200, "log_every": 10, "save_every": 100},
+        train={"steps": 1000, "log_every": 10, "save_every": 100},
     )
     config.teacher = config.components_from = "weights/emoji64_4step"
     config.data.path = "runs/emoji64_long"

@@ -165,6 +165,7 @@ def test_static_output_is_caught(weights_folder, tmp_path):
     assert look["watch/motion"] < 0.1 and look["step"] == 4
 
 
+@pytest.mark.heavy
 def test_the_method_of_the_docs_trains(weights_folder, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "distillation.md").read_text(), re.DOTALL)
     for name, text in zip(("endpoint", "its_config"), blocks, strict=True):

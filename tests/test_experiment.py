@@ -121,6 +121,7 @@ def test_a_folder_of_clips_is_prepared_once(tmp_path, capsys):
     assert next(experiment.batches())["video"]["frames"].shape == (2, 5, 16, 16, 3)
 
 
+@pytest.mark.heavy
 def test_eight_devices_give_the_losses_of_one(clips, tmp_path):
     assert jax.device_count() == 8
     losses = []
@@ -196,6 +197,7 @@ def test_a_start_fitted_to_the_data_is_better(clips, tmp_path):
     assert dataclasses.is_dataclass(experiment.config)
 
 
+@pytest.mark.heavy
 def test_a_published_layout_is_distilled_from_states_with_image_rows(tmp_path):
     rng, rows, length = np.random.default_rng(0), 5, 8
     text = {"text_mask": np.arange(length) < length - 1, "pooled": np.zeros(8, np.float16)}

@@ -115,6 +115,7 @@ def test_a_killed_run_ends_with_the_same_losses(config, teacher, tmp_path):
     assert (target / "transformer" / "model.safetensors").read_bytes() != weights[0]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

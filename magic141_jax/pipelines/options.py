@@ -119,6 +119,14 @@ def resolve(options: Mapping[str, Any], components: Components, *, frames: int |
     return made
 
 
+def parse_size(text: str, flag: str) -> tuple[int, int]:
+    """ "64" -> (64, 64) and "96x64" -> width 96, height 64; anything else raises `UserError`, which names the flag."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise UserError(f"{flag} is {text!r}; write 64, or WIDTHxHEIGHT such as 96x64")
+    return int(sides[0]), int(sides[-1])
+
+
 def size_cell(components: Components) -> int:
     """The number of pixels by which both sides must divide: for the VAE, the patches and the image tokens."""
     patch = components.transformer.network.config.patch

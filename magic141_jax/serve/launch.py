@@ -20,6 +20,7 @@ from fastapi import FastAPI
 
 from magic141_jax.errors import OneLineParser, UserError
 from magic141_jax.pipelines.components import DEFAULT, default_dtype
+from magic141_jax.pipelines.options import parse_size
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 from magic141_jax.serve.app import make_app
 from magic141_jax.serve.buckets import Limits, make_catalog
@@ -62,7 +63,7 @@ def parse(prog: str, description: str, argv: Sequence[str] | None = None) -> arg
     add("--keep_hours", type=float, default=Limits.keep_hours, help="how long finished videos are kept")
     add("--grace", type=float, default=10.0, help="seconds that a running job has to end after SIGTERM")
     args = parser.parse_args(argv)
-    args.sizes = [_size(size) for size in _listed(args.sizes)]
+    args.sizes = [parse_size(size, "--sizes") for size in _listed(args.sizes)]
     args.steps, args.windows = (
         [_number(value, flag) for value in _listed(given)]
         for given, flag in ((args.steps, "--steps"), (args.windows, "--windows"))
@@ -151,10 +152,3 @@ def _number(text: str, flag: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise UserError(f"{flag} has {text!r}; write whole numbers from 1, such as 4,8")
     return int(text)
-
-
-def _size(text: str) -> tuple[int, int]:
-    sides = text.lower().split("x")
-    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
-        raise UserError(f"--sizes has {text!r}; write WIDTHxHEIGHT, such as 96x64")
-    return int(sides[0]), int(sides[1])

@@ -106,6 +106,7 @@ def wide():
         return preflight.training(values, Path("nowhere")), Experiment.from_config(values, Path("nowhere"))
 
 
+@pytest.mark.heavy
 def test_training_holds_what_it_says(wide, train_report, memory):
     report, experiment = wide
     state = experiment.initial_state()
@@ -122,6 +123,7 @@ def test_training_holds_what_it_says(wide, train_report, memory):
     assert longer.operations == pytest.approx(2 * report.operations)
 
 
+@pytest.mark.heavy
 def test_training_says_what_would_fit(wide, train_report, memory):
     report, experiment = wide
     held, gradients = sum(report.held.values()), preflight._bytes(experiment.abstract_state.params)
@@ -174,6 +176,7 @@ def test_clips_are_not_prepared(train_report, tmp_path, memory):
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.heavy
 def test_train_py(command_line, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     flags = ["--config=configs/debug.py", "--config.mesh.data=-1", "--config.data.image_batch=8"]

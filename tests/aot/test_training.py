@@ -83,6 +83,7 @@ def test_other_models_are_refused(monkeypatch):
         training.train(dmd().to_dict(), topology.make("h100:1"), batch=2)
 
 
+@pytest.mark.heavy
 def test_a_step_compiles_for_a_slice(command_line, tmp_path, libtpu):
     values = config({"name": "flow_matching", "known_frames": (0.0, 1.0)})
     file = tmp_path / "tiny.py"
@@ -136,6 +137,7 @@ def test_mistakes_are_one_line(command_line, arguments, message):
     assert code == 2 and message in errors and errors.count("\n") == 1
 
 
+@pytest.mark.heavy
 def test_weights_travel_and_activations_stay():
     """Four times the tokens move no byte more: a layer's weights are gathered, never the batch."""
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=4))

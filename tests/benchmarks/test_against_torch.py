@@ -45,6 +45,7 @@ def ceiling():
     return clock.matmul(np.float32, 1, side=32)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES)
 def test_a_race(case, ceiling):
     given, dtype = CASES[case]

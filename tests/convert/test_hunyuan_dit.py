@@ -31,6 +31,7 @@ def converted(published, **run_time):
     return network, to_ours(published[2], hunyuan_dit.table(config), network.abstract_params)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("attention", "frames"), [("xla", 3), ("xla", 1), ("jax", 3)])
 def test_output_equals_the_published_network(published, dit_case, attention, frames):
     case = dit_case(published[0], frames)

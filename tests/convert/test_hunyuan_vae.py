@@ -66,6 +66,7 @@ def relative_error(ours, theirs):
     return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES)
 def test_parity(published, tensors, case):
     torch = pytest.importorskip("torch")

@@ -82,6 +82,7 @@ def hosts(browser):
     return {url.split("/")[2].split(":")[0] for url in sent if url.startswith(("http", "ws"))}
 
 
+@pytest.mark.heavy
 def test_the_page(start_server, browser, tmp_path):
     state = tmp_path / "state"
     _, url = start_server("magic141_jax.demo", state, "--max_seconds", "3600")

@@ -261,6 +261,7 @@ def test_a_critics_losses_are_their_formulas(toys):
     np.testing.assert_allclose(drawn.mean(), 0.5 * jnp.square(w[:4]).sum() / tokens, rtol=0.1)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layout", ["adapter", "full"])
 def test_gradients_of_a_critic_reach_its_heads_and_the_students_unknown_latents(toys, layout):
     """And never the trunk, here the fake score."""

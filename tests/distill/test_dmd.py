@@ -129,6 +129,7 @@ def test_the_guidance_part_may_look_at_noise_of_its_own(toys):
     assert abs(float(shared[1]["guidance"]) - float(own[1]["guidance"])) > 1e-4
 
 
+@pytest.mark.heavy
 def test_networks_are_trained_by_role(toys):
     config = DMDConfig(
         roles=RolesConfig(student="full", fake="adapter", rank=2),
@@ -186,6 +187,7 @@ def test_an_adversarial_term_is_added_and_changes_nothing_else(toys):
     assert float(found[STUDENT, "adversarial"]) == pytest.approx(np.log(2)), "fresh heads find all latents alike"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("loss", ["relativistic", "non_saturating"])
 def test_without_matching_the_adversary_alone_leads_the_student_to_the_data(toys, loss):
     """The data are N(1.5, 0.5^2), which no score says: neither the fake one nor the teacher is looked at."""
@@ -209,6 +211,7 @@ def test_without_matching_the_adversary_alone_leads_the_student_to_the_data(toys
     assert np.mean(means[-100:]) == pytest.approx(1.5, abs=0.2)
 
 
+@pytest.mark.heavy
 def test_a_students_step_is_down_its_own_loss(toys):
     """Nothing of the critic's loss comes in: twice the weight is twice the gradient."""
     norms = []
@@ -230,6 +233,7 @@ def test_the_fake_score_is_left_out_unless_something_looks_at_it():
     assert roles("fake", matching=0.0) == roles("teacher") == (STUDENT, FAKE, DISCRIMINATOR)
 
 
+@pytest.mark.heavy
 def test_networks_are_trained_against_an_adversary(toys):
     config = DMDConfig(
         roles=RolesConfig(student="adapter", rank=2),

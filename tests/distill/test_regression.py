@@ -46,6 +46,7 @@ def test_only_the_times_of_the_walk_are_seen(toys):
         assert float(losses(toys, right_there, jnp.array(3.0), seed=seed)[0][STUDENT]) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.heavy
 def test_a_step_down_the_gradient_lowers_the_loss_of_a_network(toys):
     method = Regression.build(RegressionConfig(walk=WALK, known_frames=(0.0, 1.0)), toys.parts())
     params = {**method.frozen, **method.init(jax.random.key(0))}

@@ -38,6 +38,7 @@ def velocities(made, params, toys, roles):
     return all_of(params)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layout", ["adapter", "full"])
 def test_roles_start_as_the_teacher_and_leave_it_when_trained(toys, layout):
     made = backbone(toys, student=layout, fake=layout)
@@ -59,6 +60,7 @@ def test_roles_start_as_the_teacher_and_leave_it_when_trained(toys, layout):
     assert config == toys.SIZES
 
 
+@pytest.mark.heavy
 def test_gradients_flow_only_where_asked(toys):
     made = backbone(toys, student="adapter")
     params = {STUDENT: made.init(STUDENT, jax.random.key(0)), TEACHER: made.frozen}
@@ -112,6 +114,7 @@ def pruned_student(toys):
     return {name: getattr(config, name) for name in ("heads", "mlp_ratio", "condition_width")}, small
 
 
+@pytest.mark.heavy
 def test_a_pruned_student_learns_from_its_dense_teacher(toys):
     """Whole networks of their own sizes; a step of training on random data lowers the loss."""
     changes, small = pruned_student(toys)

@@ -150,6 +150,7 @@ def test_images_are_learned_as_in_a_trajectory(toys):
     assert set(metrics) == {"student/image_error"} and float(found[STUDENT]) > 0
 
 
+@pytest.mark.heavy
 def test_samples_are_of_one_window(toys):
     drawn = config()
     made = Streaming.build(drawn, toys.parts(lambda: (LossyVAE(), jnp.float32(0.0))))

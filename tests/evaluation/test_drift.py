@@ -107,6 +107,7 @@ def test_the_autoencoder_alone(pipeline):
     assert len(found) == 3 and found[0] >= found[-1] > 0
 
 
+@pytest.mark.heavy
 def test_the_command_goes_on_with_the_rows_that_are_missing(weights_folder, tmp_path, capsys, monkeypatch):
     output, plot = tmp_path / "d.json", tmp_path / "d.svg"
     shared = ["drift", "--samples", "1", "--seconds", "2.5", "--output", str(output)]

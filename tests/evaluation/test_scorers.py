@@ -44,6 +44,7 @@ def test_no_silhouette_passes(search, scenes, frames):
     assert not any(passed(search, filled, scenes))
 
 
+@pytest.mark.heavy
 def test_round_trips_through_the_default_vae_pass(search, scenes, render):
     vae = load_model(weights.part(DEFAULT_FOLDER, "vae"))
     clips = np.stack([render(s, 5) for s in scenes])

@@ -36,6 +36,7 @@ def suite(path, *changes):
     return path
 
 
+@pytest.mark.heavy
 def test_videos_and_their_seeds_and_going_on(images, weights_folder, tmp_path, capsys):
     out, flags = (
         tmp_path / "out",

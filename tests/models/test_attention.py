@@ -127,6 +127,7 @@ def compare(got, want, atol=2e-6):
         np.testing.assert_allclose(one, other, atol=atol)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("sizes", "heads", "ulysses"),
     [

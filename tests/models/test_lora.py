@@ -31,6 +31,7 @@ def outputs(network, params):
     return np.asarray(call(params))
 
 
+@pytest.mark.heavy
 def test_a_fresh_adapter_changes_nothing_and_a_trained_one_is_its_merge():
     params, fresh = noised(NETWORK.init(jax.random.key(0))), lora.fresh(ADAPTED, jax.random.key(3))
     plain = outputs(NETWORK, params)

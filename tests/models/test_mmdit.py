@@ -191,6 +191,7 @@ def test_program_size_does_not_grow_with_depth(intermediates):
     assert size(8) == size(2)
 
 
+@pytest.mark.heavy
 def test_recomputation_leaves_gradients_alone(params):
     def gradients(remat):
         net = Network.create(MMDiT, dataclasses.replace(CONFIG, remat=remat))

@@ -34,6 +34,7 @@ def clip(frames, size=16, seed=0):
     return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, (2, frames, size, size, 3)), jnp.float32)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("frames", "latents"), [(1, 1), (5, 2), (17, 5)])
 def test_shapes(network, params, frames, latents):
     mean, logvar = network(params, clip(frames), method="encode")
@@ -124,6 +125,7 @@ def test_illegal_sizes_name_the_nearest_legal_ones(network, params):
         network(params, clip(5, size=17), method="encode")
 
 
+@pytest.mark.heavy
 def test_the_shortcut_is_the_best_linear_autoencoder():
     """Its error on groups of 4x8x8 pixels is the variance of the components that it leaves out."""
     config = PatchVAEConfig(latent_channels=8, widths=(8, 12), encoder_blocks=(1, 1), decoder_blocks=(1, 1))

@@ -76,6 +76,7 @@ def published_vae(tiling, decode, encode):
     return vae
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_equals_diffusers(case):
     torch = pytest.importorskip("torch")
@@ -111,6 +112,7 @@ LEVELS = {"block_out_channels": (4, 4, 8, 8), "layers_per_block": 1, "norm_num_g
 LIGHT = {"latent_channels": 2, "widths": (8, 8), "encoder_blocks": (1, 1), "decoder_blocks": (1, 1)}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind, sizes", [("hunyuan_vae", LEVELS), ("kl_vae", LEVELS), ("patch_vae", LIGHT)])
 def test_every_autoencoder_needs_less_memory_in_tiles(kind, sizes):
     config_class, module = MODELS[kind]

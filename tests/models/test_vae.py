@@ -80,6 +80,7 @@ PATCHES = {"latent_channels": 4, "widths": (8, 8)}
 CONTEXT, MIXED = {"context": 8}, {"tensor": 2, "context": 2}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("kind", "config", "frames", "mesh", "share"),
     [

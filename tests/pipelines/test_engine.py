@@ -88,6 +88,7 @@ def expected(weights_folder):
     return videos(TextToVideoPipeline.from_pretrained(weights_folder))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "axes",
     [{"data": 8}, {"fsdp": 4, "tensor": 2}, {"context": 8}, {"fsdp": 2, "tensor": 2, "context": 2}],

@@ -90,6 +90,7 @@ def size(folder):
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
+@pytest.mark.heavy
 def test_components_load_in_their_forms(small):
     """Never expanded on the way, and every kernel has a form: nothing was left out in silence."""
     target, _ = small

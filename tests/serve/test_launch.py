@@ -20,7 +20,7 @@ PROMPT = "a red shark moves left"
 
 def test_flags(monkeypatch):
     monkeypatch.setenv(launch.KEY_VARIABLE, "secret")
-    args = launch.parse("x", "", ["--sizes", "64x32, 32x32", "--steps", "2,4"])
+    args = launch.parse("x", "", ["--sizes", "64x32, 32", "--steps", "2,4"])
     assert (args.sizes, args.steps, args.windows) == ([(64, 32), (32, 32)], [2, 4], [])
     assert args.api_key == "secret" and launch.parse("x", "", ["--api_key", "other"]).api_key == "other"
 
@@ -28,7 +28,7 @@ def test_flags(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sizes", "64"], "write WIDTHxHEIGHT"),
+        (["--sizes", "64x"], "--sizes is '64x'; write 64, or WIDTHxHEIGHT"),
         (["--steps", "0"], "--steps has '0'"),
         (["--port", "70000"], "--port is 70000"),
         (["--max_queue", "0"], "queue is 0; it must be above 0"),
@@ -60,6 +60,7 @@ def test_a_missing_package(command_line, monkeypatch, module, package):
     ) and err == f"error: the package '{package}' is missing: pip install -r requirements-serve.txt\n"
 
 
+@pytest.mark.heavy
 def test_killed_and_stopped(start_server, weights_folder, tmp_path):
     """Finished videos and the queue survive kill -9; SIGTERM queues the running job again and exits with 0."""
     state, flags = tmp_path / "state", ["--max_seconds", 36000]
@@ -97,6 +98,7 @@ def test_killed_and_stopped(start_server, weights_folder, tmp_path):
     assert sorted(p.stem for p in (state / "videos").iterdir()) == sorted([done.id, queued.id])
 
 
+@pytest.mark.heavy
 def test_the_default_weights(start_server, tmp_path):
     _, url = start_server(SERVE, tmp_path / "state", "--weights", "default")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="-")

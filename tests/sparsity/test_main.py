@@ -88,6 +88,7 @@ def config_of(folder):
     return config
 
 
+@pytest.mark.heavy
 def test_units_are_cut_out(folder, tmp_path, sampled):
     """And norms are written that training with masks reads."""
     sizes = ["--double_blocks", 1, "--heads", 1, "--neurons", 16]
@@ -127,6 +128,7 @@ def test_a_shorter_vector_of_conditions(folder, tmp_path, sampled):
     assert kernels == [(2, 8, 48), (2, 16, 48)]
 
 
+@pytest.mark.heavy
 def test_a_block_that_does_nothing_costs_nothing(folder, tmp_path):
     """On real samples, which what is left makes as well."""
     prompts = tmp_path / "prompts.txt"
@@ -155,6 +157,7 @@ def assert_masked(folder, target, share, group=None):
         np.testing.assert_array_equal(before[path], after[path], err_msg=path)
 
 
+@pytest.mark.heavy
 def test_single_weights_become_zero(folder, sparse):
     assert_masked(folder, sparse[0], 0.5, 4)
     assert "--config.pruning.inherit=True" in sparse[1] and "config.model" not in sparse[1]
@@ -178,6 +181,7 @@ def test_the_score_decides(folder, tmp_path, sampled, sparse):
     assert ((kernels_of(sparse[0])[path] != 0) != best).any()
 
 
+@pytest.mark.heavy
 def test_what_is_pruned_is_packed_by_quantizing(tmp_path, sampled, sparse, monkeypatch):
     """Pruned, then quantized, then cut: each command takes the folder of the other."""
     monkeypatch.setattr(plan, "SMALLEST", 0)

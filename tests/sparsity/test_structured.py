@@ -109,6 +109,7 @@ CASES = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", CASES)
 def test_the_smaller_network_computes_the_same(run, name):
     config, keep, sizes = CASES[name]

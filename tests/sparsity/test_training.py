@@ -112,6 +112,7 @@ def walk(folder, mesh, **options):
     return Run(experiment, state, losses, masks, checkpoints)
 
 
+@pytest.mark.heavy
 def test_zeros_are_exact_after_every_step_and_on_disk(run, tmp_path):
     """Every fourth column or row keeps half: AdamW, with accumulation. Then out to files and in again."""
     experiment, state, _, masks, _ = run(ONE, accumulate=2, pruning=PRUNING)

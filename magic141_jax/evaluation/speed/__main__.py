@@ -25,7 +25,7 @@ from magic141_jax.errors import OneLineParser, UserError, run_entry_point
 from magic141_jax.evaluation import report
 from magic141_jax.evaluation.speed import clock, stages, table
 from magic141_jax.pipelines.components import DEFAULT
-from magic141_jax.pipelines.options import resolve
+from magic141_jax.pipelines.options import parse_size, resolve
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 from magic141_jax.sharding import make_mesh, parse_mesh
 
@@ -58,8 +58,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be from {low} to {high}")
-    if args.size is not None and not all(side.isdecimal() for side in args.size.split("x", 1)):
-        raise UserError(f"--size is {args.size!r}; write WIDTHxHEIGHT such as 96x64")
     report.require_folders(args.json)
     return args
 
@@ -81,7 +79,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of a pipeline call that the flags give."""
     given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "num_frames": args.num_frames}
     if args.size is not None:
-        given["width"], given["height"] = int(args.size.split("x")[0]), int(args.size.split("x")[-1])
+        given["width"], given["height"] = parse_size(args.size, "--size")
     return {name: value for name, value in given.items() if value is not None}
 
 
