@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -171,15 +172,16 @@ def load(folder: Path) -> tuple[dict[str, Any], Params]:
     """
     folder = Path(folder)
     config = read_config(folder / "config.json")
-    return config, unflatten(_decode(read_tensors(folder)))
+    # Expanded by NumPy and handed over at once: operations of JAX on single tensors are compiled one by one.
+    return config, jax.device_put(unflatten(_decode(read_tensors(folder))))
 
 
-def read_tensors(folder: Path, stem: str = "model") -> dict[str, jnp.ndarray]:
+def read_tensors(folder: Path, stem: str = "model") -> dict[str, np.ndarray]:
     """All tensors of `<stem>.safetensors`, or of the shards that `<stem>.safetensors.index.json` lists."""
-    tensors: dict[str, jnp.ndarray] = {}
+    tensors: dict[str, np.ndarray] = {}
     for file in tensor_files(folder, stem):
         try:
-            with safe_open(file, framework="flax") as reader:
+            with safe_open(file, framework="numpy") as reader:
                 names = reader.keys()
                 tensors.update({name: _read(reader, file, name) for name in names})
         except FileNotFoundError:
@@ -189,7 +191,7 @@ def read_tensors(folder: Path, stem: str = "model") -> dict[str, jnp.ndarray]:
     return tensors
 
 
-def _read(reader: Any, file: Path, name: str) -> jnp.ndarray:
+def _read(reader: Any, file: Path, name: str) -> np.ndarray:
     """A tensor of an opened file; float8, which NumPy has no name for and safetensors so fails on, by its header."""
     if reader.get_slice(name).get_dtype() != "F8_E4M3":
         return reader.get_tensor(name)
@@ -199,7 +201,7 @@ def _read(reader: Any, file: Path, name: str) -> jnp.ndarray:
         begin, end = entry["data_offsets"]
         stream.seek(8 + length + begin)
         values = np.frombuffer(stream.read(end - begin), jnp.float8_e4m3fn)
-    return jnp.asarray(values.reshape(entry["shape"]))
+    return values.reshape(entry["shape"])
 
 
 def tensor_files(folder: Path, stem: str = "model") -> list[Path]:
@@ -308,7 +310,7 @@ def _encode(flat: Mapping[str, Any], storage: Storage) -> dict[str, Any]:
 
 def _decode(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        path: tensor.astype(jnp.float32) * tensors[path + SCALE] if path + SCALE in tensors else tensor
+        path: tensor.astype(np.float32) * tensors[path + SCALE] if path + SCALE in tensors else tensor
         for path, tensor in tensors.items()
         if not path.endswith(SCALE)
     }

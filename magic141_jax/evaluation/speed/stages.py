@@ -1,7 +1,8 @@
 """What is timed: the stages of a clip one by one, a clip and a long video through the pipeline, and fresh starts.
 
     text, image tokens, re-encode, decode     a network alone
-    evaluation                                the transformer alone, once, for a picture and for a clip
+    evaluation                                the transformer alone, once, for a picture and for a clip; with the
+                                              adapter of later windows too, where there is one
     denoise                                   all steps of a clip, as the pipeline takes them
     picture, clip, video                      from the prompt to frames in memory
 
@@ -74,10 +75,12 @@ def pieces(pipeline: TextToVideoPipeline, prompt: str, given: Mapping[str, Any])
     if not components.text_encoder.image_tokens:
         still = resolve(still_options(given), components, frames=1)
         alone, _ = engine.condition(engine.encode_text([prompt], still), still)
-        found["evaluation, picture"] = _evaluation(pipeline, alone, still)
+        found["evaluation, picture"] = _evaluation(pipeline, components.transformer, alone, still)
         found["picture"] = Piece(lambda: pipeline.text_to_image(prompt, **still_options(given)), 1, _steps(still))
+    if options.carry == "sink" and components.continuation is not None:
+        found["evaluation, later window"] = _evaluation(pipeline, components.continuation, cond, options)
     return found | {
-        "evaluation, clip": _evaluation(pipeline, cond, options),
+        "evaluation, clip": _evaluation(pipeline, components.transformer, cond, options),
         "denoise": Piece(
             lambda: engine.denoise(cond, negative, options, purpose=FIRST_WINDOW), options.num_frames, _steps(options)
         ),
@@ -127,9 +130,8 @@ def _tokens(network: Network, params: Params, images: Frames) -> jax.Array:
     return network(params, images)
 
 
-def _evaluation(pipeline: TextToVideoPipeline, cond: Conditioning, options: SamplingOptions) -> Piece:
-    """The transformer once, for the latents of a conditioning; with guidance a step takes two of them."""
-    model = pipeline.components.transformer
+def _evaluation(pipeline: TextToVideoPipeline, model: Model, cond: Conditioning, options: SamplingOptions) -> Piece:
+    """A transformer once, for the latents of a conditioning; with guidance a step takes two of them."""
     arrays = np.zeros(cond.known.shape, np.float32), np.full(len(cond.known), 0.5, np.float32), cond
     function = functools.partial(_velocity, model.network)
     operations = flops.count(jax.jit(function).trace(model.network.abstract_params, *arrays).jaxpr)
