@@ -18,11 +18,12 @@ def get_config():
         {
             "name": "continuation",
             "roles": {"student": "adapter", "rank": 32},
-            "history_noise_probability": 0.8,
-            "history_noise_max": 0.4,
+            "chain": 8,
+            "history_noise_probability": 0.5,
+            "history_noise_max": 0.2,
         },
         image_batch=0,
-        video_batch=8,
+        video_batch=2,
         optimizer={
             "name": "muon",
             "muon_learning_rate": 2.5e-3,
