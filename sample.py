@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from magic141_jax import processes
+from magic141_jax.aot import dry, preflight
 from magic141_jax.errors import UserError, nearest, run_entry_point
 from magic141_jax.pipelines import media, provenance
 from magic141_jax.pipelines.components import DEFAULT, default_dtype
@@ -53,8 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         loading = {name: getattr(args, name) for name in provenance.LOADING} | {"dtype": args.dtype or default_dtype()}
         opened = {**loading, "mesh": mesh, "text_cache": args.text_cache}
         if args.preflight:
-            from magic141_jax.aot import dry, preflight  # which take all of training along: seconds of every start
-
             pipeline = dry.pipeline(dry.Book(compiles=False), **opened)
         else:
             pipeline = TextToVideoPipeline.from_pretrained(opened.pop("weights"), **opened)

@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
 from magic141_jax.errors import UserError
@@ -69,6 +67,8 @@ class MetricWriter:
             temporary = self._path.with_suffix(".tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             temporary.replace(self._path)
+        from tensorboardX import SummaryWriter  # it takes torch along where there is one: seconds of every start
+
         self._board = SummaryWriter(str(self._board_dir), purge_step=step + 1 if step else None)
         pause = 0.2 if sys.stderr.isatty() else 30.0  # a log file gets a line now and then
         self._bar = tqdm(
@@ -108,6 +108,8 @@ class MetricWriter:
         temporary = path.with_suffix(".tmp")
         temporary.write_bytes(buffer.getvalue())
         temporary.replace(path)
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
         image = Summary.Image(height=b * y, width=x, colorspace=3, encoded_image_string=buffer.getvalue())
         self._board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 

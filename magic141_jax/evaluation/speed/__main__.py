@@ -58,6 +58,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be from {low} to {high}")
+    if args.size is not None:
+        parse_size(args.size, "--size")
     report.require_folders(args.json)
     return args
 
