@@ -6,8 +6,8 @@ Data: python -m magic141_jax.data prepare emoji runs/emoji64_long --weights weig
   --num_frames 129 --kind video --text_length 18 (one line)
 Command: python train.py --config=configs/emoji64_continue.py --workdir=runs/continue
 Hardware: two CPU cores, 5 s a step.
-Expected: error .2 to .3 over a chain in 700 steps, of its first windows .13 to .2; not enough to hold a face for a minute,
-  see docs/long_video.md.
+Expected: error .2 to .3 over a chain in 700 steps, of its first windows .13 to .2; not enough to hold a face for a
+  minute, see docs/long_video.md.
 """
 
 from configs.emoji64_distil import student
