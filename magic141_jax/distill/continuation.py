@@ -30,6 +30,7 @@ from jaxtyping import Array, Float
 from magic141_jax.diffusion import conditioning, flow
 from magic141_jax.distill.roles import STUDENT, TEACHER, Distillation, DistillationConfig, RolesConfig
 from magic141_jax.distill.rollout import WalkConfig
+from magic141_jax.errors import UserError
 from magic141_jax.models import lora
 from magic141_jax.pytree import Params
 from magic141_jax.shapes import Latents
@@ -89,28 +90,20 @@ class Continuation(Distillation):
         found = lora.ContinuationConfig(config.roles.rank, config.roles.paths, config.overlap, config.history_noise)
         return {"continuation": ("continuation", found, params[STUDENT]["adapter"])}
 
-    def sample(self, params: Mapping[str, Params], record: Record, key: jax.Array, **options: Any) -> Latents:
-        """As `Distillation.sample`, of the clip's first window."""
-        return super().sample(params, self._first(record), key, **options)
-
-    def reference(self, params: Mapping[str, Params], record: Record, key: jax.Array, **options: Any) -> Latents:
-        """As `Distillation.reference`, of the clip's first window."""
-        return super().reference(params, self._first(record), key, **options)
-
     def part(
         self, params: Mapping[str, Params], part: str, record: Record, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[tuple[str, str], jax.Array]]:
         """The loss of one part: of a chain somewhere in each clip.
 
         Raises:
-          ValueError: the clips are too short for one.
+          UserError: the clips are too short for one.
         """
         config, conditioner = self.config, self.backbone.conditioner
         start_key, text_key, chain_key = jax.random.split(key, 3)
         data = record["latents"].astype(jnp.float32)
         batch, places = len(data), data.shape[1] - config.length
         if places < 1:
-            raise ValueError(
+            raise UserError(
                 f"clips of {data.shape[1]} latent frames; a chain takes {config.length} behind the first: prepare"
                 " longer ones, or lower method.chain"
             )
@@ -143,5 +136,6 @@ class Continuation(Distillation):
         found = {"error": losses.mean(), "error_first": losses[0], "error_last": losses[-1]}
         return {STUDENT: losses.mean()}, {(STUDENT, name): value for name, value in found.items()}
 
-    def _first(self, record: Record) -> Record:
+    def sampled(self, record: Record) -> Record:
+        """The clip's first window."""
         return {**record, "latents": record["latents"][:, : self.config.frames]}

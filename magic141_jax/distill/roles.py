@@ -277,10 +277,15 @@ class Distillation:
         """The student's velocity as it is sampled, with gradient."""
         return self.backbone.velocity(params, STUDENT, trained=True)
 
+    def sampled(self, record: Record) -> Record:
+        """What of a record samples are like: all of it, but where a method reads longer clips than it makes."""
+        return record
+
     def sample(
         self, params: Mapping[str, Params], record: Record, key: jax.Array, *, known: int, keep: bool = True
     ) -> Latents:
         """The student's samples like the record's latents, by its own walk from their first `known` frames."""
+        record = self.sampled(record)
         cond = self.backbone.conditioner.clean(params[TEACHER].get("image_encoder"), record, known)
         return rollout.generate(self.walk, self.student(params), cond, record["latents"].shape, key, keep=keep)
 
@@ -298,7 +303,7 @@ class Distillation:
 
         Only the frozen parameters are read, so a weak teacher is the plain one here.
         """
-        frozen, conditioner = {TEACHER: params[TEACHER]}, self.backbone.conditioner
+        frozen, conditioner, record = {TEACHER: params[TEACHER]}, self.backbone.conditioner, self.sampled(record)
         cond = conditioner.clean(frozen[TEACHER].get("image_encoder"), record, known)
         teacher = guided(self.backbone.velocity(frozen, TEACHER), conditioner.negative(cond), self.guidance)
         walk = WalkConfig(steps, self.walk.shift, "euler")

@@ -85,14 +85,6 @@ class Streaming(Trajectory):
         vae, params = parts.vae()
         return cls(config, dataclasses.replace(backbone, frozen={**backbone.frozen, "vae": params}), vae)
 
-    def sample(self, params: Mapping[str, Params], record: Record, key: jax.Array, **options: Any) -> Latents:
-        """As `Distillation.sample`, of the first window."""
-        return super().sample(params, self._first(record), key, **options)
-
-    def reference(self, params: Mapping[str, Params], record: Record, key: jax.Array, **options: Any) -> Latents:
-        """As `Distillation.reference`, of the first window."""
-        return super().reference(params, self._first(record), key, **options)
-
     def part(
         self, params: Mapping[str, Params], part: str, record: Record, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict[tuple[str, str], jax.Array]]:
@@ -102,7 +94,7 @@ class Streaming(Trajectory):
         text_key, chain_key, noise_key, key = jax.random.split(key, 4)
         count, windows = self.config.overlap, self._windows(record)
         conditioner, batch = self.backbone.conditioner, windows.shape[0]
-        first, known = self._first(record), jnp.full(batch, count)
+        first, known = self.sampled(record), jnp.full(batch, count)
         encoder = params[TEACHER].get("image_encoder")
         cond = conditioner.condition(encoder, first, text_key, known, image_tokens=True)
         histories = self.histories(params, windows, cond, chain_key)
@@ -143,7 +135,8 @@ class Streaming(Trajectory):
         latents = record["latents"].astype(jnp.float32)
         return latents.reshape(len(latents), self.config.windows, -1, *latents.shape[2:])
 
-    def _first(self, record: Record) -> Record:
+    def sampled(self, record: Record) -> Record:
+        """The chain's first window."""
         return {**record, "latents": self._windows(record)[:, 0]}
 
 
