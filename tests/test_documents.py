@@ -1,27 +1,40 @@
-"""Commands in documents are taken by the commands' own parsers, messages are in the code, the reference has all fields.
+"""Commands in documents do what they say, messages are in the code, the reference has all fields.
 
-A block of shell in README.md, CONTRIBUTING.md, docs/ and the cards of weights is read command by command. What starts
-Python is run as far as its command line is parsed, a config with its overrides included, and no further. A block that
-can't be checked here stands under a comment such as <!-- needs: gcloud -->.
+A block of shell in README.md, CONTRIBUTING.md, docs/ and the cards of weights is read command by command, and each is
+run twice: as far as its command line is parsed, a config with its overrides included; and to its end, with flags behind
+it that make it short (`SHORTER`), in a copy of the repository. What needs more than a test has, other hardware or
+hours, stands under a comment such as <!-- needs: a TPU -->, and is only parsed.
 """
 
 import argparse
 import ast
 import dataclasses
 import importlib.util
+import json
+import os
 import re
 import runpy
 import shlex
+import shutil
+import signal
+import subprocess
 import sys
+import threading
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
+import jax
 import pytest
 from absl import flags
 
 from magic141_jax import command_line
+from magic141_jax.data.emoji import EmojiPack, caption, poster
 from magic141_jax.evaluation import page
 from magic141_jax.experiment import METHODS, ExperimentConfig, make_config
 from magic141_jax.models import MODELS
+from magic141_jax.pipelines import media
 from magic141_jax.pipelines.options import SamplingOptions
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +42,21 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"
 BLOCK = re.compile(r"((?:^<!--.*?-->\n)?)^```(?:sh|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMENT = re.compile(r"""^((?:[^"'#]|"[^"]*"|'[^']*'|(?<=\S)#)*)(?<!\S)#.*$""")
 SCRIPTS = {"magic141-sample": "sample.py", "magic141-train": "train.py"}
-NOT_OURS = {"export", "ruff", "basedpyright", "mkdocs", "pytest"}
+NOT_OURS = {"export", "ruff", "basedpyright", "mkdocs", "pytest", "curl", "gcloud", "xpk"}
+NOT_RUN = {"pip", "ruff", "basedpyright", "mkdocs", "python -m pytest", "export"}  # all but the last by .ci/run
+SHORTER = {  # of two equal flags the last one counts
+    "train.py": "--config.train.steps=1 --config.train.log_every=1 --config.train.sample_every=0 --noprogress",
+    "-m magic141_jax.data prepare": "--limit 6 --overwrite",
+    "-m magic141_jax.evaluation compare": "--samples 2 --draws 2 --seeds 0 --splits triples",
+    "-m magic141_jax.evaluation report": "--samples 2 --draws 2 --seeds 0 --splits triples --videos 1",
+    "-m magic141_jax.evaluation drift": "--samples 1 --seconds 4",
+    "-m magic141_jax.evaluation.speed": "--repeats 1 --long_repeats 1 --duration 4 --no-starts",
+    "-m magic141_jax.evaluation": "--samples 1",
+    "-m magic141_jax.sparsity": "--prompts few.txt",
+    "-m magic141_jax.quantize": "--no_calibration",
+    "benchmarks/against_torch.py": "--cases dit-image --modes eager --repeats 1",
+}
+LIMIT = 600  # seconds of one command
 OURS = re.compile(r"(?:configs|weights|tests|benchmarks|datasets)/[\w./-]+|(?:requirements[\w-]*\.txt)")
 
 # The command of magic141_jax.data is a module of the experiment too.
@@ -62,12 +89,14 @@ def blocks(text):
     return [(mark.strip(), shell) for mark, shell in BLOCK.findall(text)]
 
 
-def documents():
-    """{page or index of experiments: its commands}."""
+def documents(*, marked=True):
+    """{page or index of experiments: its commands}, with or without those that need more than a test has."""
     found = {}
     for file in PAGES:
-        shells = [shell for mark, shell in blocks(file.read_text()) if not mark.startswith("<!-- needs:")]
+        shells = [shell for mark, shell in blocks(file.read_text()) if marked or not mark.startswith("<!-- needs:")]
         found[str(file.relative_to(ROOT))] = [words for shell in shells for words in commands(shell)]
+    if not marked:
+        return {name: listed for name, listed in found.items() if listed}
     for index in ROOT.glob("docs/results/*/index.toml"):
         listed = "\n".join(c for e in page.read_index(index.parent).experiment for c in e.commands)
         found[str(index.relative_to(ROOT))] = list(commands(listed))
@@ -134,7 +163,7 @@ def check(words, parse):
     if words[0] == "python" and words[1:3] != ["-m", "pytest"] and words[1] != "-c":
         parse(words[1:])
     else:
-        assert words[0] in NOT_OURS | {"pip", "python"}, f"{words[0]} can't be checked; put <!-- needs: ... --> above"
+        assert words[0] in NOT_OURS | {"pip", "python"}, f"{words[0]} can't be checked; is it one of NOT_OURS?"
 
 
 @pytest.mark.parametrize("name", documents())
@@ -144,6 +173,78 @@ def test_commands_are_parsed(name, parse):
             check(words, parse)
         except AssertionError as error:
             raise AssertionError(f"{name}: {shlex.join(words)}\n{error}") from None
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A copy of the repository without results, and with what the pages suppose to be there."""
+    folder = tmp_path_factory.mktemp("repository")
+    for entry in ROOT.iterdir():
+        if not entry.name.startswith(".") and entry.name not in ("runs", "docs"):
+            (folder / entry.name).symlink_to(entry)
+    shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("*.json"))
+    story = [{"time": 0, "prompt": "a bus moves left"}, {"time": 9, "prompt": "a bus grows"}]
+    (folder / "story.jsonl").write_text("\n".join(map(json.dumps, story)))
+    pack, (clips, pictures) = EmojiPack(), (folder / "path/to/clips", folder / "path/to/pictures")
+    clips.mkdir(parents=True)
+    pictures.mkdir()
+    rows = ["file,caption"]
+    for number, motion in enumerate(("left", "right", "up")):
+        scene = poster(number, "blue", motion)
+        frames = pack.render(scene, size=96, num_frames=24) / 255
+        media.write_video(clips / f"{number}.mp4", frames, 8)
+        media.write_image(pictures / f"{caption(pack, scene)}.png", frames[0], {})
+        rows.append(f"{number}.mp4,{caption(pack, scene)}")
+    (clips / "captions.csv").write_text("\n".join(rows))
+    (folder / "few.txt").write_text("\n".join(row.partition(",")[2] for row in rows[1:]))
+    shutil.copy(next(pictures.iterdir()), folder / "photo.png")
+    return folder
+
+
+def run_command(words, folder):
+    """Runs a command, made short, in `folder`; raises AssertionError with the end of what it said if it fails."""
+    words = [*SCRIPTS.get(words[0], words[0]).split(), *words[1:]]
+    words = ["python", *words] if words[0].endswith(".py") else words
+    if NOT_RUN & {words[0], " ".join(words[:3])}:
+        return
+    program = " ".join(words[1:])
+    short = SHORTER.get(max((key for key in SHORTER if program.startswith(key)), key=len, default=""), "").split()
+    environment = os.environ | {
+        "XLA_FLAGS": "",
+        "MAGIC141_JAX_CACHE": jax.config.jax_compilation_cache_dir,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(words[1] == "train.py"),  # one step is compiled for longer than it runs
+    }
+    command, said = [sys.executable, *words[1:], *short], []
+    to_said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=environment, **to_said) as process:
+        timer = threading.Timer(LIMIT, process.kill)
+        timer.start()
+        for line in process.stdout:
+            said.append(line)
+            if found := re.search(r"listening on (http://[\d.:]+)", line):
+                wait_until_ready(found[1])
+                process.send_signal(signal.SIGTERM)
+        process.wait()
+        timer.cancel()
+    assert process.returncode == 0, f"{shlex.join(command)}\nended with {process.returncode}:\n{''.join(said[-20:])}"
+
+
+def wait_until_ready(url):
+    """Returns when a server says that it is ready; raises AssertionError if that takes longer than a command may."""
+    for _ in range(LIMIT):
+        try:
+            with urllib.request.urlopen(f"{url}/readyz"):
+                return
+        except urllib.error.HTTPError:
+            time.sleep(1)
+    raise AssertionError(f"{url} wasn't ready in {LIMIT} s")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", documents(marked=False))
+def test_commands_run(name, repository):
+    for words in documents(marked=False)[name]:
+        run_command(words, repository)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +263,7 @@ def test_commands_are_parsed(name, parse):
         ("python -m magic141_jax.evaluation compare --rows a=b", "rows"),
         ("pip install -r requirements.txt && python sample.py --sed 3", "sed"),
         ("pip install -r requirements-none.txt", "no file requirements-none.txt"),
-        ("gcloud compute tpus", "can't be checked"),
+        ("kubectl get pods", "can't be checked"),
     ],
 )
 def test_wrong_commands_are_found(shell, message, parse):

@@ -100,6 +100,7 @@ def sampler(values: Mapping[str, Any], topology: Topology, batch: int | None = N
         times=scalar((made_for.num_inference_steps + 1,)),
         guidance_scale=scalar(()),
         history_noise=scalar(()),
+        adapter=scalar(()),
     )
     static = {
         "sampler": made_for.sampler,

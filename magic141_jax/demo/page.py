@@ -18,7 +18,7 @@ from gradio.themes import Base
 from magic141_jax.errors import UserError
 from magic141_jax.pipelines import media
 from magic141_jax.serve.jobs import Job
-from magic141_jax.serve.requests import Refusal, check_image, make_job, read_order
+from magic141_jax.serve.requests import Refusal, make_job, read_order
 from magic141_jax.serve.worker import Worker
 
 LOOK_SECONDS = 0.2  # between two looks at the job
@@ -167,10 +167,7 @@ def _submit(worker: Worker, form: Mapping[str, Any]) -> Job:
     if schedule:
         order["prompt_schedule"] = schedule
         order["prompt"] = order["prompt"] or None  # the schedule may begin at 0
-    data = None
-    if form["image"] is not None:
-        data = Path(form["image"]).read_bytes()
-        check_image(data, worker.catalog)
+    data = None if form["image"] is None else Path(form["image"]).read_bytes()
     job = make_job(read_order(order), worker.catalog, image=data is not None)
     try:
         return worker.submit(job, data)

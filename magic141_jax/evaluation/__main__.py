@@ -153,6 +153,7 @@ def _plan_flags(parser: OneLineParser, plan: compare.Plan, *, seeds: str) -> Non
     parser.add_argument("--pack", type=Path, default=DEFAULT_PACK, metavar="ZIP", help="the emoji pack")
     parser.add_argument("--clip", type=Path, metavar="DIR", help="a published CLIP that measures too (both towers)")
     parser.add_argument("--videomae", type=Path, metavar="DIR", help="a published, fine-tuned VideoMAE that does")
+    parser.add_argument("--i3d", type=Path, metavar="FILE", help="a published I3D that does, as FVD has it")
 
 
 def _read_plan(args: argparse.Namespace) -> compare.Plan:
@@ -201,8 +202,8 @@ def _compared(
 ) -> dict[str, Any]:
     """The record of a comparison, gone on with where `output` holds a part, and written there after every seed."""
     before = record.read(output) if output and output.exists() else None
-    judges = {name: getattr(args, name) for name in ("clip", "videomae")}
-    published = networks.Networks.from_folders(args.clip, args.videomae)
+    judges = {name: getattr(args, name) for name in networks.NAMES}
+    published = networks.Networks.from_paths(judges)
     pack, rows = EmojiPack(args.pack), [x.row for x in loaded]
     settings = {**dataclasses.asdict(plan), "pack": weights.digest(args.pack), **networks.identity(judges)}
     found = record.begin({x.row.label: compare.identity(x) for x in loaded}, settings, command)
@@ -265,7 +266,7 @@ def _compare_command(args: argparse.Namespace, rows: Sequence[compare.Row]) -> s
 def _plan_command(args: argparse.Namespace) -> str:
     """The flags of `_plan_flags`, without the paths of this machine."""
     given = [f"--{name}={getattr(args, name)}" for name in ("samples", "draws", "seeds", "splits", "kinds")]
-    given += [f"--{name}={record.shown(str(path))}" for name in ("clip", "videomae") if (path := getattr(args, name))]
+    given += [f"--{name}={record.shown(str(path))}" for name in networks.NAMES if (path := getattr(args, name))]
     return shlex.join(given)
 
 

@@ -4,6 +4,7 @@
                model.safetensors, the tokenizer's files, preprocessor_config.json
     VideoMAE   a fine-tuned one, such as MCG-NJU/videomae-base-finetuned-kinetics: config.json ("videomae"),
                model.safetensors, preprocessor_config.json
+    I3D        over RGB in pytorch-i3d's names: its rgb_imagenet.pt, written anew as safetensors
 
 Measures of a caption's clip, 100 times a cosine, means over frames:
 
@@ -13,9 +14,9 @@ Measures of a caption's clip, 100 times a cosine, means over frames:
     clip_perceptual   to the true clip, frame by frame: LPIPS's form (Zhang 2018, arXiv 1801.03924) on the patch states
                       of CLIP's last layer, all channels alike (`features.perceptual`)
 
-and of all clips against as many true ones, Fréchet distances as FID and FVD are (no shrinking), whose numbers are not
-those of Inception or I3D: clip_frechet of the frames' CLIP embeddings (Kynkäänniemi 2022, arXiv 2203.06026),
-video_frechet of the clips' VideoMAE features (Ge 2024, arXiv 2404.12391).
+and of all clips against as many true ones, Fréchet distances as FID and FVD are (no shrinking): clip_frechet of the
+frames' CLIP embeddings (Kynkäänniemi 2022, arXiv 2203.06026), video_frechet of the clips' VideoMAE features (Ge 2024,
+arXiv 2404.12391), i3d_frechet of I3D's logits of clips of 224 x 224, which is FVD (Unterthiner 2018, arXiv 1812.01717).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from tokenizers import Tokenizer
 
 from magic141_jax import weights
 from magic141_jax.convert import clip as convert_clip
+from magic141_jax.convert import i3d as convert_i3d
 from magic141_jax.convert import videomae as convert_videomae
 from magic141_jax.convert.engine import to_ours
 from magic141_jax.convert.tensors import open_tensors
@@ -39,10 +41,14 @@ from magic141_jax.errors import UserError
 from magic141_jax.evaluation import features
 from magic141_jax.models.clip import Clip
 from magic141_jax.models.clip_inputs import END, ImageProcessor, read_clip_tokenizer, read_image_processor
+from magic141_jax.models.i3d import I3D
 from magic141_jax.models.network import Network
 from magic141_jax.models.videomae import VideoMAE
+from magic141_jax.pytree import Params
 
 BATCH = 16
+NAMES = ("clip", "videomae", "i3d")
+I3D_SIDE, I3D_BATCH = 224, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,64 +121,89 @@ class ClipJudge:
 
 @dataclasses.dataclass(frozen=True)
 class VideoJudge:
-    """VideoMAE: normalised clips (b, frames, y, x, 3) -> features (b, d); how frames are brought to its size."""
+    """A network that sees clips.
 
-    embed: Callable[[np.ndarray], Any]
-    processor: ImageProcessor
-    num_frames: int
+    Attributes:
+      name: of its Fréchet distance.
+      clips: clips (n, t, y, x, 3) in [0, 1] -> features (n, d).
+    """
+
+    name: str
+    clips: Callable[[np.ndarray], np.ndarray]
 
     @classmethod
-    def from_folder(cls, folder: Path) -> VideoJudge:
-        """Reads a published folder; raises `UserError` where it is incomplete, damaged or of another model."""
+    def videomae(cls, folder: Path) -> VideoJudge:
+        """Reads a published VideoMAE; raises `UserError` where it is incomplete, damaged or of another model.
+
+        Of clips of other lengths than its own, frames at equal distances are taken.
+        """
         config = convert_videomae.config_to_ours(_config(folder, "videomae"))
         network = Network.create(VideoMAE, config)
         tensors = convert_videomae.complete(open_tensors(folder), config)
         params = jax.device_put(to_ours(tensors, convert_videomae.table(config), network.abstract_params))
         processor = _processor(folder, config.image, resample=Image.Resampling.BILINEAR)
         apply = jax.jit(network.__call__)
-        return cls(lambda clips: apply(params, clips), processor, config.frames)
-
-    def clips(self, clips: np.ndarray) -> np.ndarray:
-        """Clips (n, t, y, x, 3) in [0, 1] -> features (n, d); of other lengths, frames at equal distances are taken."""
-        which = np.round(np.linspace(0, clips.shape[1] - 1, self.num_frames)).astype(int)
 
         def prepare(batch: np.ndarray) -> np.ndarray:
-            flat = self.processor(list(batch.reshape(-1, *batch.shape[2:])))
+            flat = processor(list(batch.reshape(-1, *batch.shape[2:])))
             return flat.reshape(*batch.shape[:2], *flat.shape[1:])
 
-        return _in_batches(self.embed, clips[:, which], prepare)
+        def clips(clips: np.ndarray) -> np.ndarray:
+            which = np.round(np.linspace(0, clips.shape[1] - 1, config.frames)).astype(int)
+            return _in_batches(lambda batch: apply(params, batch), clips[:, which], prepare)
+
+        return cls("video_frechet", clips)
+
+    @classmethod
+    def i3d(cls, path: Path) -> VideoJudge:
+        """Reads an I3D's safetensors, a file or the folder of one; raises `UserError` where it isn't one."""
+        tensors = open_tensors(path)
+        network = Network.create(I3D, convert_i3d.config_of(tensors))
+        params = jax.device_put(to_ours(tensors, convert_i3d.TABLE, network.abstract_params))
+
+        @jax.jit
+        def apply(params: Params, clips: jax.Array) -> jax.Array:
+            shape = (*clips.shape[:2], I3D_SIDE, I3D_SIDE, 3)
+            return network(params, 2 * jax.image.resize(clips, shape, "linear", antialias=False) - 1)
+
+        def clips(clips: np.ndarray) -> np.ndarray:
+            return _in_batches(lambda batch: apply(params, batch), clips.astype(np.float32), size=I3D_BATCH)
+
+        return cls("i3d_frechet", clips)
 
     def measure(self, clips: np.ndarray, true: np.ndarray) -> dict[str, float]:
         """The Fréchet distance of clips to true ones."""
-        return {"video_frechet": features.frechet(self.clips(clips), self.clips(true), shrink=False)}
+        return {self.name: features.frechet(self.clips(clips), self.clips(true), shrink=False)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The published networks that are given; None for those that aren't."""
+    """The published networks that are given: one that sees frames, if any, and those that see clips."""
 
     clip: ClipJudge | None = None
-    video: VideoJudge | None = None
+    videos: tuple[VideoJudge, ...] = ()
 
     @classmethod
-    def from_folders(cls, clip: Path | None, video: Path | None) -> Networks:
-        """Reads what is given; raises `UserError` as the two readers do."""
-        return cls(
-            None if clip is None else ClipJudge.from_folder(clip),
-            None if video is None else VideoJudge.from_folder(video),
-        )
+    def from_paths(cls, paths: Mapping[str, Path | None]) -> Networks:
+        """Reads what is given under a name of `NAMES`; raises `UserError` as the readers do."""
+        clip = paths.get("clip")
+        readers = {"videomae": VideoJudge.videomae, "i3d": VideoJudge.i3d}
+        videos = tuple(read(path) for name, read in readers.items() if (path := paths.get(name)) is not None)
+        return cls(None if clip is None else ClipJudge.from_folder(clip), videos)
 
     def measure(
         self, clips: np.ndarray, captions: Sequence[str], true: np.ndarray
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """All measures: by caption, and of all clips together."""
         each, whole = ({}, {}) if self.clip is None else self.clip.measure(clips, captions, true)
-        return each, whole if self.video is None else whole | self.video.measure(clips, true)
+        for judge in self.videos:
+            whole |= judge.measure(clips, true)
+        return each, whole
 
 
-def identity(folders: Mapping[str, Path | None]) -> dict[str, str]:
-    """Digests of the given folders' tensors, under their names: what a record must share to be gone on with."""
-    return {name: weights.digest(folder) for name, folder in folders.items() if folder is not None}
+def identity(paths: Mapping[str, Path | None]) -> dict[str, str]:
+    """Digests of the given networks' tensors, under their names: what a record must share to be gone on with."""
+    return {name: weights.digest(path) for name, path in paths.items() if path is not None}
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -202,9 +233,11 @@ def _in_batches(
     function: Callable[[np.ndarray], Any],
     items: np.ndarray,
     prepare: Callable[[Any], np.ndarray] = lambda batch: batch,
+    *,
+    size: int = BATCH,
 ) -> Any:
     """Applies `function` to prepared batches of one size, the last filled up by repetition; joins the results."""
-    size, made = min(BATCH, len(items)), []
+    size, made = min(size, len(items)), []
     for start in range(0, len(items), size):
         batch = items[start : start + size]
         batch = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])

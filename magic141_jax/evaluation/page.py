@@ -125,7 +125,8 @@ def text(index: Index, found: Mapping[str, Mapping[str, Any]], *, where: str) ->
         made = found.get(experiment.file)
         lines += ["Not run yet."] if made is None else _body(experiment, made, f"{where}/{experiment.file}")
         if experiment.commands:
-            lines += ["", "To repeat it:", "", "```sh", *(c.strip() for c in experiment.commands), "```"]
+            shell = ["<!-- needs: hours -->", "```sh", *(c.strip() for c in experiment.commands), "```"]
+            lines += ["", "To repeat it:", "", *shell]
     lines += ["", "## What the columns are", "", *standing.notes([made["rows"] for made in found.values()])]
     if any(e.goal for e in index.experiment):
         lines += ["", standing.GOAL]

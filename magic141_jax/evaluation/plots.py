@@ -213,22 +213,27 @@ def intervals(rows: Mapping[str, Any], split: str) -> str:
             for unit, panel in zip(units, line):
                 measures = [m for m in columns if any(m in row for row in of.values())]
                 measures = [m for m in measures if columns[m].against.unit == unit]
-                if not measures:
+                if measures:
+                    _draw_intervals(panel, of, measures, same=columns[measures[0]].against.of(1.0, 1.0))
+                    panel.set_title(f"{KINDS[kind]}, {unit}", fontsize=9)
+                else:
                     panel.set_axis_off()
-                    continue
-                for i, (label, row) in enumerate(of.items()):
-                    y = np.arange(len(measures)) + 0.2 * (i - (len(of) - 1) / 2)
-                    values = np.array([row[m][:3] for m in measures], np.float64).T
-                    errors = np.nan_to_num(np.abs(values[1:] - values[0]))
-                    panel.errorbar(values[0], y, xerr=errors, fmt="o", capsize=3, color=f"C{i % 10}", label=label)
-                panel.axvline(columns[measures[0]].against.of(1.0, 1.0), color="grey", linestyle="--", linewidth=1)
-                panel.set_yticks(range(len(measures)), [_label(m).split(" / ")[0] for m in measures])
-                panel.set_ylim(len(measures) - 0.5, -0.5)
-                panel.set_title(f"{KINDS[kind]}, {unit}", fontsize=9)
         names = {name: h for panel in panels.flat for h, name in zip(*panel.get_legend_handles_labels(), strict=True)}
         if names:
             figure.legend(names.values(), names, loc="outside upper center", ncols=6, frameon=False)
         return _svg(figure)
+
+
+def _draw_intervals(panel: Any, rows: Mapping[str, Any], measures: Sequence[str], *, same: float) -> None:
+    """A line a measure, on it a point with its interval for each row; dashed where nothing differs, at `same`."""
+    for i, (label, row) in enumerate(rows.items()):
+        y = np.arange(len(measures)) + 0.2 * (i - (len(rows) - 1) / 2)
+        values = np.array([row[m][:3] for m in measures], np.float64).T
+        errors = np.nan_to_num(np.abs(values[1:] - values[0]))
+        panel.errorbar(values[0], y, xerr=errors, fmt="o", capsize=3, color=f"C{i % 10}", label=label)
+    panel.axvline(same, color="grey", linestyle="--", linewidth=1)
+    panel.set_yticks(range(len(measures)), [_label(m).split(" / ")[0] for m in measures])
+    panel.set_ylim(len(measures) - 0.5, -0.5)
 
 
 def _has_kind(rows: Mapping[str, Any], split: str, kind: str) -> bool:

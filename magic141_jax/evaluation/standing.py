@@ -40,6 +40,8 @@ MORE_NOTES = {  # of what only some comparisons have measured
     "to those of true clips. They are no LPIPS and no FID: those are of other networks.",
     "video_frechet": "Fréchet distance by VideoMAE: of the published network that was given, clips to true clips. It "
     "is no FVD by I3D, and comparable at equal numbers of captions only.",
+    "i3d_frechet": "Fréchet distance by I3D: FVD by the published network that was given, clips to true clips; "
+    "comparable at equal numbers of captions, frames and sizes only.",
     BY_CAPTION: "Paired: differences to the first row over pairs of the same caption, first frame and noise, of all "
     "seeds, and the 95 % interval of the mean difference by the bootstrap; it does not cover the luck of a training. A "
     "difference is certain at 95 % where 0 (of ratios 100 %) lies outside. An interval of no width: no pair differs, "
@@ -95,6 +97,7 @@ TABLE = (
     Column("perceptual distance (CLIP)", "clip_perceptual", "{:.3f}", -1, against=CHANGE),
     Column("Fréchet distance of frames (CLIP)", "clip_frechet", better=-1),
     Column("Fréchet distance of clips (VideoMAE)", "video_frechet", better=-1),
+    Column("Fréchet distance of clips (I3D)", "i3d_frechet", better=-1),
     Column("evaluations", "evaluations", "{:.0f}", better=0),
     Column("DiT seconds", "dit_seconds", "{:.3g}", better=0),
     Column("DiT MB", "dit_megabytes", "{:.1f}", better=0),

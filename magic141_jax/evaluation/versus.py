@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from magic141_jax.errors import UserError
-from magic141_jax.evaluation import page, plots, report, standing
+from magic141_jax.evaluation import networks, page, plots, report, standing
 from magic141_jax.evaluation.compare import Made
 from magic141_jax.evaluation.protocol import Clips
 from magic141_jax.pipelines import media
@@ -136,8 +136,8 @@ def text(found: Mapping[str, Any], sources: Mapping[str, str], *, videos: Sequen
                 caption = media.read_metadata(folder / VIDEOS / video)["prompt"]
                 lines += [f"{caption}", "", f"![{caption}]({VIDEOS}/{video})", ""]
     lines += ["", "## What the columns are", "", *standing.notes([rows])]
-    networks = [f"{name} `{settings[name]}`" for name in ("clip", "videomae") if name in settings]
-    given = f"Published networks that judged: {', '.join(networks)}." if networks else "No published network judged."
+    judges = [f"{name} `{settings[name]}`" for name in networks.NAMES if name in settings]
+    given = f"Published networks that judged: {', '.join(judges)}." if judges else "No published network judged."
     lines += ["", "## How to repeat it", "", page.provenance(found["made"]), given]
     lines += ["", f"All values: [{RECORD}]({RECORD}).", "", "```sh", found["command"], "```"]
     return "\n".join(lines) + "\n"

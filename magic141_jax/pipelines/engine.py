@@ -117,7 +117,8 @@ class Engine:
         self._decode = self._stage(_decode, components.vae)
         seeing = components.image_encoder
         self._image_tokens = None if seeing is None else self._stage(_prepend_image_tokens, seeing)
-        self._continue = self._stage(_continue, components.continuation or components.transformer)
+        going_on = functools.partial(_denoise, sink=True)
+        self._continue = self._stage(going_on, components.continuation or components.transformer)
         self._window = self._fused_window()
         self._text_sizes: set[int] = set()
 
@@ -220,9 +221,8 @@ class Engine:
         def from_host(stage: Stage | None, label: str, **static: Any) -> Callable[..., Any]:
             return lambda *arrays: sharding.to_host(stage(label, *arrays, **static))
 
-        denoise = from_host(self._denoise, "video", **static)
         stages = window.Stages(
-            denoise=from_host(self._continue, "video", **static) if plan.sink else lambda walk, first: denoise(walk),
+            denoise=from_host(self._continue if plan.sink else self._denoise, "video", **static),
             decode=from_host(self._decode, "decode"),
             encode=from_host(self._encode_known, "video", total=total),
             look=from_host(self._image_tokens, "image"),
@@ -268,6 +268,7 @@ class Engine:
             times=timesteps.grid(options.num_inference_steps, options.shift),
             guidance_scale=np.float32(options.guidance_scale),
             history_noise=np.float32(history_noise),
+            adapter=np.float32(0),
         )
 
     def _made_for(self, options: SamplingOptions) -> dict[str, Any]:
@@ -304,7 +305,13 @@ def clock(seconds: collections.Counter[str], label: str) -> Iterator[None]:
 
 
 class _Walk(NamedTuple):
-    """The arrays of `_denoise`; `draws` (b, 3) is (seed, index, purpose) of each sample, used where noise is None."""
+    """The arrays of `_denoise`.
+
+    Attributes:
+      draws: (b, 3), (seed, index, purpose) of each sample, used where noise is None.
+      history_noise: level of noise on what the network sees of the known latents.
+      adapter: behind a sink, how much an adapter of the network counts.
+    """
 
     cond: Conditioning
     negative: TextStates | None
@@ -313,6 +320,7 @@ class _Walk(NamedTuple):
     times: jax.Array
     guidance_scale: np.float32
     history_noise: np.float32
+    adapter: np.float32
 
 
 def _denoise(
@@ -326,6 +334,8 @@ def _denoise(
     keep: bool,
     sink: bool = False,
 ) -> Latents:
+    if sink:
+        params = lora.scaled(params, walk.adapter)
     cond, keys = walk.cond, jax.vmap(_keys)(walk.draws)
     noise = flow.draw_noise(keys[:, 0], cond.known.shape) if walk.noise is None else walk.noise
     if image_share:
@@ -368,11 +378,6 @@ def _prepend_image_tokens(
     return conditioning.with_image_tokens(text, mask, network(params, images))
 
 
-def _continue(network: Network, params: Params, walk: _Walk, first: jax.Array, **static: Any) -> Latents:
-    """`_denoise` of a window behind a sink; an adapter of the network counts in all windows but the first."""
-    return _denoise(network, lora.scaled(params, 1 - jnp.asarray(first, jnp.float32)), walk, sink=True, **static)
-
-
 def _window(
     networks: Mapping[str, Network],
     params: Mapping[str, Params],
@@ -386,10 +391,9 @@ def _window(
     def bound(function: Callable[..., Any], name: str, **static: Any) -> Callable[..., Any]:
         return functools.partial(function, networks.get(name), params.get(name), **static)
 
-    going_on = bound(_continue, "continuation" if "continuation" in networks else "transformer", **static)
-    denoise = bound(_denoise, "transformer", **static)
+    denoising = "continuation" if plan.sink and "continuation" in networks else "transformer"
     stages = window.Stages(
-        denoise=going_on if plan.sink else lambda walk, first: denoise(walk),
+        denoise=bound(_denoise, denoising, sink=plan.sink, **static),
         decode=bound(_decode, "vae"),
         encode=bound(_encode_known, "vae", total=total),
         look=bound(_prepend_image_tokens, "image_encoder"),

@@ -106,13 +106,13 @@ class Stages(NamedTuple):
     """The networks as functions.
 
     Attributes:
-      denoise: a walk, and whether it is the first window's -> latents.
+      denoise: a walk -> latents.
       decode: latents -> frames.
       encode: frames (b, 4(k-1)+1, y, x, 3) -> k known latents of a clip, and their mask.
       look: images, text, mask -> both with the images' tokens in front.
     """
 
-    denoise: Callable[[Any, jax.Array], Latents]
+    denoise: Callable[[Any], Latents]
     decode: Callable[[Latents], Frames]
     encode: Callable[[Frames], tuple[Latents, LatentMask]]
     look: Callable[[Images, Tokens, TokenMask], tuple[Tokens, TokenMask]]
@@ -139,7 +139,7 @@ def step(
     """One window with the text of its prompt: its frames (b, `Plan.length`, y, x, 3), and the state for the next."""
     walk = state.walk
     cond = conditioning.replace_text(walk.cond, *positive)
-    latents = stages.denoise(walk._replace(cond=cond, negative=negative), state.first)
+    latents = stages.denoise(walk._replace(cond=cond, negative=negative))
     frames = stages.decode(_in_order(latents, state, plan=plan))[:, plan.dropped :]
     colours = state.colours
     if plan.match_colors:
@@ -150,6 +150,7 @@ def step(
         cond=_next_conditioning(stages, walk.cond, frames, latents, plan=plan),
         draws=walk.draws + np.array([[0, 0, 1]], np.uint32),  # (seed, index, purpose): window w has purpose w + 1
         history_noise=jnp.asarray(state.history_noise),
+        adapter=jnp.ones_like(walk.adapter),  # made for what follows a window
     )
     tail = frames[:, frames.shape[1] - plan.faded :]
     before = latents[:, -1 - plan.carried :][:, : int(plan.sink)]

@@ -30,7 +30,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from magic141_jax.serve.jobs import Job
-from magic141_jax.serve.requests import MAX_CUES, Order, Refusal, check_image, make_job, read_order, too_large
+from magic141_jax.serve.requests import MAX_CUES, Order, Refusal, make_job, read_order, too_large
 from magic141_jax.serve.worker import Worker
 
 EVENT_SECONDS = 0.1  # between two looks at a job whose events are read
@@ -78,7 +78,7 @@ async def create(request: Request, worker: Served) -> dict[str, Any]:
     """Queues a job."""
     fields, picture = await read_body(request)
     job = make_job(read_order(fields), worker.catalog, image=picture is not None)
-    return show(await run_in_threadpool(_submit, worker, job, picture), worker)
+    return show(await run_in_threadpool(worker.submit, job, picture), worker)
 
 
 @api.get("/videos")
@@ -255,12 +255,6 @@ def _from_data_url(picture: Any) -> bytes:
     except (ValueError, binascii.Error):
         message = f'send {PICTURE} as a file, or as {{"image_url": "data:image/png;base64,..."}}'
         raise Refusal(message, code="invalid_image", param=PICTURE) from None
-
-
-def _submit(worker: Worker, job: Job, picture: bytes | None) -> Job:
-    if picture is not None:
-        check_image(picture, worker.catalog)
-    return worker.submit(job, picture)
 
 
 async def _events(worker: Worker, id: str) -> AsyncIterator[str]:

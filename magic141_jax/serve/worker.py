@@ -23,7 +23,7 @@ from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 from magic141_jax.serve.buckets import Bucket, Catalog
 from magic141_jax.serve.jobs import Folder, Job
 from magic141_jax.serve.metrics import Metrics
-from magic141_jax.serve.requests import Refusal
+from magic141_jax.serve.requests import Refusal, check_image
 
 WINDOW_SECONDS = 30.0  # how long a process that ends waits for the window that is being computed
 EXPIRY_CHECK = 60.0  # seconds between two looks for what is too old
@@ -98,6 +98,8 @@ class Worker:
 
     def submit(self, job: Job, image: bytes | None = None) -> Job:
         """Queues a job, with its first frame if it has one; it is on disk before this returns. Raises `Refusal`."""
+        if image is not None:
+            check_image(image, self.catalog)
         with self._changed:
             if self.closing:
                 raise Refusal("the server is shutting down; try again soon", status=503, code="closing", retry_after=5)

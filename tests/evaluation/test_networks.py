@@ -45,7 +45,7 @@ def folders(theirs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both(folders):
-    return networks.Networks.from_folders(folders["clip"], folders["video"])
+    return networks.Networks.from_paths({"clip": folders["clip"], "videomae": folders["video"]})
 
 
 def clips(seed, count=3):
@@ -87,18 +87,22 @@ def test_the_same_clips_are_at_no_distance(both):
     assert each["clip_first"] == pytest.approx(100) and each["clip_neighbours"] == pytest.approx(100)
     _, whole = both.measure(others, ["a"] * 3, frames)
     assert whole["clip_frechet"] > 0.01 and whole["video_frechet"] > 0.01
-    assert whole["video_frechet"] == frechet(both.video.clips(others), both.video.clips(frames), shrink=False)
+    (video,) = both.videos
+    assert whole["video_frechet"] == frechet(video.clips(others), video.clips(frames), shrink=False)
 
 
 def test_frames_of_a_clip_are_taken_at_equal_distances(both):
     longer = np.repeat(clips(0)[:, [0, 1, 2, 3]], 4, axis=1)  # each frame four times: 0, 5, 10 and 15 are one of each
-    np.testing.assert_allclose(both.video.clips(longer), both.video.clips(clips(0)[:, [0, 1, 2, 3]]), atol=1e-5)
+    (video,) = both.videos
+    np.testing.assert_allclose(video.clips(longer), video.clips(clips(0)[:, [0, 1, 2, 3]]), atol=1e-5)
 
 
 def test_what_is_no_such_network_is_one_line(folders, tmp_path):
     with pytest.raises(UserError, match=r"no folder .*missing; give one with a published clip"):
-        networks.Networks.from_folders(tmp_path / "missing", None)
+        networks.Networks.from_paths({"clip": tmp_path / "missing"})
     with pytest.raises(UserError, match="holds a 'clip'; here a 'videomae' is needed"):
-        networks.Networks.from_folders(None, folders["clip"])
+        networks.Networks.from_paths({"videomae": folders["clip"]})
+    with pytest.raises(UserError, match=r"no tensor logits\.conv3d\.bias"):
+        networks.Networks.from_paths({"i3d": folders["clip"]})
     assert networks.identity({"clip": None, "videomae": folders["video"]}).keys() == {"videomae"}
     assert networks.Networks().measure(clips(0), ["a"] * 3, clips(1)) == ({}, {})

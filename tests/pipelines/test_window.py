@@ -29,6 +29,7 @@ class Walk(NamedTuple):
     negative: Any
     draws: Any
     history_noise: Any
+    adapter: Any
 
 
 def clip(seed, frames=13):
@@ -45,8 +46,8 @@ class Networks:
     def __init__(self):
         self.walks, self.encoded, self.decoded = [], [], []
 
-    def denoise(self, walk, first):
-        assert bool(first) == (not self.walks)
+    def denoise(self, walk):
+        assert float(walk.adapter) == bool(self.walks)
         self.walks.append(walk)
         numbers = np.arange(LATENTS, dtype=np.float32)[None, :, None, None, None]
         return np.broadcast_to(10 * len(self.walks) + numbers, (1, LATENTS, 2, 2, 1))
@@ -70,7 +71,7 @@ def run(plan, windows=3, history_noise=0.3):
     known, mask = known_latents(np.full((1, 1, 2, 2, 1), -2.0, np.float32), 1, LATENTS)
     shown = np.ones((1, 5), bool)
     cond = Conditioning(np.full((1, 5, 5), 7.0, np.float32), shown, text(0).pooled, known, mask, image_tokens=2)
-    walk = Walk(cond, None, np.array([[3, 0, 1]], np.uint32), np.float32(0))
+    walk = Walk(cond, None, np.array([[3, 0, 1]], np.uint32), np.float32(0), np.float32(0))
     networks = Networks()
     stages = Stages(networks.denoise, networks.decode, networks.encode, networks.look)
     state, frames = begin(walk, history_noise, plan=plan, size=(SIDE, SIDE)), []

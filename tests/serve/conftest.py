@@ -1,6 +1,7 @@
 """A server over the tiny weights in this process, behind a real port on loopback."""
 
 import contextlib
+import io
 import socket
 import threading
 import time
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import openai
 import pytest
 import uvicorn
+from PIL import Image
 
 from magic141_jax.serve.app import make_app
 from magic141_jax.serve.buckets import Limits, make_catalog
@@ -16,6 +18,13 @@ from magic141_jax.serve.jobs import Folder
 from magic141_jax.serve.worker import Worker
 
 LIMITS = Limits(seconds=3600, queue=8, upload_bytes=200_000, upload_pixels=512 * 512)
+
+
+def png(size=(40, 30), mode="RGB"):
+    """A black picture as a file's bytes."""
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @pytest.fixture(scope="session")

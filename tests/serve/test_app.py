@@ -1,7 +1,6 @@
 """The API by OpenAI's own client over a real port: what it makes, what it refuses, and what it survives."""
 
 import base64
-import io
 import json
 import socket
 import urllib.error
@@ -10,20 +9,13 @@ import urllib.request
 import numpy as np
 import openai
 import pytest
-from PIL import Image
 
 from magic141_jax.pipelines import media, provenance
 from magic141_jax.pipelines.long_video import stream_video
-from tests.serve.conftest import LIMITS, serve, wait
+from tests.serve.conftest import LIMITS, png, serve, wait
 
 PROMPT = "a red shark moves left"
 LONG = "3600"  # seconds: never done before the test is
-
-
-def png(size=(40, 30), mode="RGB"):
-    buffer = io.BytesIO()
-    Image.new(mode, size).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def call(url, data=None, **headers):

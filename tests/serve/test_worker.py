@@ -14,7 +14,7 @@ from magic141_jax.serve import worker as module
 from magic141_jax.serve.jobs import Folder
 from magic141_jax.serve.requests import Refusal
 from magic141_jax.serve.worker import Worker
-from tests.serve.conftest import wait
+from tests.serve.conftest import png, wait
 from tests.serve.test_jobs import a_job
 
 
@@ -91,7 +91,9 @@ def test_a_failure_ends_one_job(start, device):
 def test_a_window_may_be_the_last(start, device):
     device.windows = 3
     worker = start()
-    job = worker.submit(a_job(seconds=20.0), b"not read: the job has no picture")
+    with pytest.raises(Refusal, match="picture"):
+        worker.submit(a_job(), b"no picture")
+    job = worker.submit(a_job(seconds=20.0), png())
     wait(lambda: worker.get(job.id).progress)
     assert (worker.preview(job.id)[1].shape, worker.preview("another")) == ((1, 32, 32, 3), None)
     assert worker.delete(job.id) and not worker.delete(job.id) and worker.get(job.id) is None
