@@ -9,6 +9,7 @@ hours, stands under a comment such as <!-- needs: a TPU -->, and is only parsed.
 import argparse
 import ast
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -176,8 +177,11 @@ def test_commands_are_parsed(name, parse):
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory):
-    """A copy of the repository without results, and with what the pages suppose to be there."""
+def run_once(tmp_path_factory):
+    """Runs a command, a tuple of words, in a copy of the repository where what the pages suppose is there.
+
+    What several pages have is run for the first of them: what it has made stays.
+    """
     folder = tmp_path_factory.mktemp("repository")
     for entry in ROOT.iterdir():
         if not entry.name.startswith(".") and entry.name not in ("runs", "docs"):
@@ -198,7 +202,7 @@ def repository(tmp_path_factory):
     (clips / "captions.csv").write_text("\n".join(rows))
     (folder / "few.txt").write_text("\n".join(row.partition(",")[2] for row in rows[1:]))
     shutil.copy(next(pictures.iterdir()), folder / "photo.png")
-    return folder
+    return functools.cache(functools.partial(run_command, folder=folder))
 
 
 def run_command(words, folder):
@@ -242,9 +246,9 @@ def wait_until_ready(url):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", documents(marked=False))
-def test_commands_run(name, repository):
+def test_commands_run(name, run_once):
     for words in documents(marked=False)[name]:
-        run_command(words, repository)
+        run_once(tuple(words))
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,13 @@
 The walk's grid t_0 > ... > t_n cuts the teacher's path into n pieces, each of m Euler steps with guidance w:
 
     x_t = (1 - t_i) x0 + t_i eps             y = teacher's m steps from x_t to t_{i+1}
+          or where the student's own walk from eps is at t_i (`own_states`)
     loss = mean over unknown latents of (v_student(x_t, t_i, c) - (y - x_t) / (t_{i+1} - t_i))^2
 
 Where the teacher's path bends little between two times, the student's Euler walk ends where the teacher's does, noise
-by noise: motion and diversity stay. It can't be sharper than the teacher; that is left to distribution matching.
+by noise: motion and diversity stay. It can't be sharper than the teacher; that is left to distribution matching. On its
+own states a student that is smaller than its teacher learns where it has gone astray itself (imitation with the
+learner's states: DAgger, arXiv 1011.0686).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from magic141_jax.diffusion import flow, timesteps
 from magic141_jax.diffusion.conditioning import Conditioning
@@ -37,11 +40,13 @@ class TrajectoryConfig(DistillationConfig):
       walk: the student's few steps, of Euler's kind.
       guidance: w.
       substeps: m.
+      own_states: how often a batch stands where the student's own walk has come to, in place of noised data.
     """
 
     walk: WalkConfig = dataclasses.field(default_factory=lambda: WalkConfig(sampler="euler"))
     guidance: float = 4.0
     substeps: int = 4
+    own_states: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +54,8 @@ class TrajectoryConfig(DistillationConfig):
             raise ValueError(f"a trajectory is walked by walk.sampler='euler', not {self.walk.sampler!r}")
         if self.substeps < 1:
             raise ValueError(f"substeps must be at least 1, got {self.substeps}")
+        if not 0 <= self.own_states <= 1:
+            raise ValueError(f"own_states is a share from 0 to 1, got {self.own_states}")
 
 
 class Trajectory(Distillation):
@@ -72,8 +79,13 @@ class Trajectory(Distillation):
         index_key, noise_key = jax.random.split(key)
         config, backbone = self.config, self.backbone
         fine = timesteps.grid(config.walk.steps * config.substeps, config.walk.shift)
-        first = config.substeps * jax.random.randint(index_key, data.shape[:1], 0, config.walk.steps)
-        x = flow.interpolate(data, flow.draw_noise(noise_key, data.shape), fine[first])
+        index = jax.random.randint(index_key, data.shape[:1], 0, config.walk.steps)
+        noise = flow.draw_noise(noise_key, data.shape)
+        first = config.substeps * index
+        x = flow.interpolate(data, noise, fine[first])
+        if config.own_states:
+            own = jax.random.bernoulli(jax.random.fold_in(key, 1), config.own_states)
+            x = jax.lax.cond(own, lambda: self._own_state(params, noise, seen, index), lambda: x)
         teacher = guided(backbone.velocity(params, TEACHER), backbone.conditioner.negative(shown), config.guidance)
 
         def step(j: jax.Array, y: jax.Array) -> jax.Array:
@@ -84,3 +96,15 @@ class Trajectory(Distillation):
         target = (y - x) / flow.align(fine[first + config.substeps] - fine[first], x)
         made = backbone.velocity(params, STUDENT, trained=True)(x, fine[first], seen).astype(jnp.float32)
         return weighted_mean((made - jax.lax.stop_gradient(target)) ** 2, 1 - seen.mask)
+
+    def _own_state(
+        self, params: Mapping[str, Params], noise: Latents, seen: Conditioning, index: Int[jax.Array, " b"]
+    ) -> Latents:
+        """Where the student's walk from noise is before each sample's step `index`, without gradient."""
+        times, velocity = self.config.walk.times, self.backbone.velocity(params, STUDENT)
+
+        def step(i: jax.Array, x: Latents) -> Latents:
+            v = velocity(x, jnp.broadcast_to(times[i], index.shape), seen).astype(jnp.float32)
+            return jnp.where(flow.align(i < index, x), x + (times[i + 1] - times[i]) * v, x)
+
+        return jax.lax.fori_loop(0, index.max(), step, noise)

@@ -216,7 +216,7 @@ def _compared(
         for seed, values in compare.compare(loaded, pack, left, **told):
             found = record.add(found, seed, values, seconds=time.perf_counter() - start)
             if output:
-                output.parent.mkdir(exist_ok=True)
+                output.parent.mkdir(parents=True, exist_ok=True)
                 report.write(output, report.to_json(found))
             start = time.perf_counter()
     return found
@@ -239,7 +239,6 @@ def main_report(argv: Sequence[str]) -> int:
         raise UserError(f"--videos is {args.videos}; it must be from 0 to --samples, {args.samples}")
     plan, rows = _read_plan(args), compare.read_rows(compare.with_labels((args.a, args.b)))
     versus.require_packages()
-    report.require_folders(args.output)
     if args.output.is_file():
         raise UserError(f"{args.output} is a file; name a folder")
     loaded = compare.load_rows(rows)

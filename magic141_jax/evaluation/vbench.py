@@ -122,7 +122,7 @@ def write(
       UserError: `out` holds samples that were made otherwise, or other files; a picture can't be read.
     """
     earlier = _earlier(out, about)
-    out.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     everything = {**about, "samples": earlier | about["samples"]}
     report.write(_manifest(out), report.to_json(everything))
     images = {task.prompt: task.image for task in tasks}

@@ -66,7 +66,33 @@ def test_guidance_is_folded_in(toys):
     assert loss(toys, by_text, by_text, values, guidance=1.0) == pytest.approx(2.25, rel=1e-3)
 
 
-@pytest.mark.parametrize("values", [{"walk": WalkConfig(sampler="renoise")}, {"substeps": 0}])
+def test_on_its_own_states_a_student_is_judged_where_it_goes(toys):
+    """Off by e in its velocity it is off by e everywhere, but its walk leaves the data's: the teacher sees that."""
+    seen = []
+
+    def leaning(p):
+        def velocity(x, t, cond):
+            jax.debug.callback(lambda x, t: seen.append((np.asarray(x), np.asarray(t))), x, t)
+            return jnp.full_like(x, p)
+
+        return velocity
+
+    def still(p):
+        return lambda x, t, cond: jnp.zeros_like(x)
+
+    values = (jnp.array(0.0), jnp.array(0.5))
+    assert loss(toys, still, leaning, values, own_states=1.0, substeps=1) == pytest.approx(0.25)
+    x, t = seen[-1]  # where the loss is taken, after the walk
+    times = np.asarray(WalkConfig(shift=3.0, sampler="euler").times)
+    noise = x - 0.5 * (t - 1)[:, None, None, None, None]  # a walk from 1 to t along a velocity of 0.5
+    assert set(np.round(t, 4)) == set(np.round(times[:-1], 4)), "samples stand at all steps"
+    assert noise.std() == pytest.approx(1, abs=0.05) and abs(noise.mean()) < 0.05, "no data is in it"
+    seen.clear()
+    loss(toys, still, leaning, values, own_states=0.0, substeps=1)
+    assert abs(seen[-1][0].mean()) > 0.5, "data of 3, noised"
+
+
+@pytest.mark.parametrize("values", [{"own_states": 1.5}, {"walk": WalkConfig(sampler="renoise")}, {"substeps": 0}])
 def test_what_makes_no_trajectory_is_refused(values):
-    with pytest.raises(ValueError, match=r"euler|substeps"):
+    with pytest.raises(ValueError, match=r"euler|substeps|own_states"):
         TrajectoryConfig(**values)

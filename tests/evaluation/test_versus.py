@@ -98,7 +98,7 @@ def test_labels_may_be_left_out():
     [
         (["a"], "required"),
         (["a", "b"], "--output"),
-        (["a", "b", "--output", "missing/out"], "no folder missing"),
+        (["a", "b", "--output", "file"], "file is a file; name a folder"),
         (["a", "b", "--output", "out", "--videos", "99"], "--videos is 99"),
         (["a", "missing/weights/here", "--output", "out"], "no weights folder"),
     ],
@@ -107,6 +107,7 @@ def test_bad_flags(flags, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
+    (tmp_path / "file").touch()
     with pytest.raises(UserError, match=message):
         main(["report", *flags])
     assert not (tmp_path / "out").exists()
