@@ -113,6 +113,15 @@ def pipeline(weights_folder):
     return TextToVideoPipeline.from_pretrained(weights_folder)
 
 
+def is_ready(url):
+    """Whether a server that listens says that it is ready."""
+    try:
+        with urllib.request.urlopen(f"{url}/readyz") as answer:
+            return answer.status == 200
+    except urllib.error.HTTPError:
+        return False
+
+
 @pytest.fixture
 def start_server(weights_folder, tmp_path):
     """start(module, state, *flags) -> process, url: `python -m module` with the tiny weights, once it is ready."""
@@ -133,13 +142,8 @@ def start_server(weights_folder, tmp_path):
             )
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and processes[-1].poll() is None:
-            if found := re.search(r"http://[\d.:]+", log.read_text()):
-                try:
-                    with urllib.request.urlopen(f"{found[0]}/readyz") as answer:
-                        assert answer.status == 200
-                        return processes[-1], found[0]
-                except urllib.error.HTTPError:
-                    pass
+            if (found := re.search(r"http://[\d.:]+", log.read_text())) and is_ready(found[0]):
+                return processes[-1], found[0]
             time.sleep(0.1)
         raise AssertionError(log.read_text())
 

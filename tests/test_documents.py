@@ -21,9 +21,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import jax
@@ -37,6 +34,8 @@ from magic141_jax.experiment import METHODS, ExperimentConfig, make_config
 from magic141_jax.models import MODELS
 from magic141_jax.pipelines import media
 from magic141_jax.pipelines.options import SamplingOptions
+from tests.conftest import is_ready
+from tests.serve.conftest import wait
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("weights/*/README.md")]
@@ -226,22 +225,11 @@ def run_command(words, folder):
         for line in process.stdout:
             said.append(line)
             if found := re.search(r"listening on (http://[\d.:]+)", line):
-                wait_until_ready(found[1])
+                wait(functools.partial(is_ready, found[1]), LIMIT)
                 process.send_signal(signal.SIGTERM)
         process.wait()
         timer.cancel()
     assert process.returncode == 0, f"{shlex.join(command)}\nended with {process.returncode}:\n{''.join(said[-20:])}"
-
-
-def wait_until_ready(url):
-    """Returns when a server says that it is ready; raises AssertionError if that takes longer than a command may."""
-    for _ in range(LIMIT):
-        try:
-            with urllib.request.urlopen(f"{url}/readyz"):
-                return
-        except urllib.error.HTTPError:
-            time.sleep(1)
-    raise AssertionError(f"{url} wasn't ready in {LIMIT} s")
 
 
 @pytest.mark.heavy

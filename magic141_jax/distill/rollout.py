@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from magic141_jax.diffusion import flow, samplers, timesteps
 from magic141_jax.diffusion.conditioning import Conditioning, Velocity
@@ -105,12 +105,26 @@ def start(
     t = jnp.broadcast_to(times[index], data.shape[:1])
     if not config.backward_simulation:
         return flow.interpolate(data.astype(jnp.float32), noise, t), t
-    step = samplers.stepper(config.sampler, walk, cond, step_key)
+    return walk_to(config, walk, cond, noise, index, key=step_key), t
+
+
+def walk_to(
+    config: WalkConfig,
+    walk: Velocity,
+    cond: Conditioning,
+    noise: Latents,
+    index: Int[Array, "*b"],
+    *,
+    key: jax.Array | None = None,
+) -> Latents:
+    """Where a walk from `noise` is before step `index`, one for all samples or one each; `key` is for its noise."""
+    step, times = samplers.stepper(config.sampler, walk, cond, key), config.times
 
     def body(i: jax.Array, x: Latents) -> Latents:
-        return step(x, i, times[i], times[i + 1])
+        moved = step(x, i, times[i], times[i + 1])
+        return jnp.where(flow.align(i < index, x), moved, x)
 
-    return jax.lax.fori_loop(0, index, body, noise), t
+    return jax.lax.fori_loop(0, index.max(), body, noise)
 
 
 def finish(student: Velocity, cond: Conditioning, data: Latents, x: Latents, t: Times) -> Latents:

@@ -20,11 +20,12 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from magic141_jax.diffusion import flow, timesteps
 from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.diffusion.guidance import guided
+from magic141_jax.distill import rollout
 from magic141_jax.distill.roles import STUDENT, TEACHER, Distillation, DistillationConfig
 from magic141_jax.distill.rollout import WalkConfig
 from magic141_jax.pytree import Params
@@ -84,8 +85,9 @@ class Trajectory(Distillation):
         first = config.substeps * index
         x = flow.interpolate(data, noise, fine[first])
         if config.own_states:
-            own = jax.random.bernoulli(jax.random.fold_in(key, 1), config.own_states)
-            x = jax.lax.cond(own, lambda: self._own_state(params, noise, seen, index), lambda: x)
+            own, walk = jax.random.bernoulli(jax.random.fold_in(key, 1), config.own_states), config.walk
+            student = backbone.velocity(params, STUDENT)
+            x = jax.lax.cond(own, lambda: rollout.walk_to(walk, student, seen, noise, index), lambda: x)
         teacher = guided(backbone.velocity(params, TEACHER), backbone.conditioner.negative(shown), config.guidance)
 
         def step(j: jax.Array, y: jax.Array) -> jax.Array:
@@ -96,15 +98,3 @@ class Trajectory(Distillation):
         target = (y - x) / flow.align(fine[first + config.substeps] - fine[first], x)
         made = backbone.velocity(params, STUDENT, trained=True)(x, fine[first], seen).astype(jnp.float32)
         return weighted_mean((made - jax.lax.stop_gradient(target)) ** 2, 1 - seen.mask)
-
-    def _own_state(
-        self, params: Mapping[str, Params], noise: Latents, seen: Conditioning, index: Int[jax.Array, " b"]
-    ) -> Latents:
-        """Where the student's walk from noise is before each sample's step `index`, without gradient."""
-        times, velocity = self.config.walk.times, self.backbone.velocity(params, STUDENT)
-
-        def step(i: jax.Array, x: Latents) -> Latents:
-            v = velocity(x, jnp.broadcast_to(times[i], index.shape), seen).astype(jnp.float32)
-            return jnp.where(flow.align(i < index, x), x + (times[i + 1] - times[i]) * v, x)
-
-        return jax.lax.fori_loop(0, index.max(), step, noise)
