@@ -47,8 +47,9 @@ from magic141_jax.errors import OneLineParser, UserError, run_entry_point
 from magic141_jax.evaluation.speed import clock
 from magic141_jax.models.hunyuan_vae import HunyuanVAE, HunyuanVAEConfig
 from magic141_jax.models.mmdit import MMDiT, MMDiTConfig, emoji, hunyuan_13b, velocity_fn
-from magic141_jax.models.network import Network
+from magic141_jax.models.network import Network, apart
 from magic141_jax.pipelines.components import DEFAULT, find_folder, load_model
+from magic141_jax.pipelines.engine import compiled
 from magic141_jax.pytree import Params, flatten
 from magic141_jax.weights import part
 
@@ -262,9 +263,7 @@ def transformers(case: DiT, torch: Any, *, device: str, dtype: str, modes: Seque
     walk = torch_walk if case.steps else torch_evaluation
     sides = {mode: walk(call, inputs, case, torch, theirs) for mode, call in calls.items()}
     program = jax.jit(functools.partial(jax_walk if case.steps else jax_evaluation, network, case.steps))
-    given = jax.device_put((params, inputs))
-    operations = flops.count(program.trace(*given).jaxpr)
-    return Race(sides | {OURS: lambda: program(*given)}, operations)
+    return with_ours(sides, program, apart(params), inputs)
 
 
 def their_transformer(config: MMDiTConfig, torch: Any, device: str, dtype: str) -> Any:
@@ -425,17 +424,24 @@ def decoders(case: VAE, torch: Any, *, modes: Sequence[str]) -> Race:
         network = Network.create(HunyuanVAE, case.config)
         params = ours_from(theirs, hunyuan_vae.table(case.config), network)
         # The tiles are cut in Python: what is compiled is the decoder of one.
-        eager = functools.partial(decode_tiles, theirs, theirs.decoder)
-        compiled = functools.partial(decode_tiles, theirs, torch.compile(theirs.decoder))
-        channels_first, call = True, {"eager": eager, "compile": compiled}
+        halves = {"eager": theirs.decoder, "compile": torch.compile(theirs.decoder)}
+        call = {mode: functools.partial(decode_tiles, theirs, decoder) for mode, decoder in halves.items()}
+        channels_first = True
     shape = (1, *case.latents, network.config.latent_channels)
     raw = np.random.default_rng(0).standard_normal(shape, np.float32)
     given = torch.tensor(np.moveaxis(raw, -1, 1).copy() if channels_first else raw)
     make = functools.partial(finished, torch=torch, channels_first=channels_first)
     sides = {mode: make(functools.partial(call[mode], given)) for mode in modes}
     program = jax.jit(functools.partial(network, method="decode"))
-    put = jax.device_put((params, raw))
-    return Race(sides | {OURS: lambda: program(*put)}, flops.count(program.trace(*put).jaxpr))
+    return with_ours(sides, program, params, raw)
+
+
+def with_ours(sides: dict[str, Callable[[], Any]], function: Any, params: Params, inputs: Any) -> Race:
+    """The race with a jitted function of ours in it, compiled as pipelines do."""
+    given = jax.device_put((params, inputs))
+    traced = function.trace(*given)
+    program = compiled(traced.lower())
+    return Race(sides | {OURS: lambda: program(*given)}, flops.count(traced.jaxpr))
 
 
 def decode_tiles(vae: Any, decoder: Any, raw: Any) -> Any:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 from magic141_jax.errors import UserError
 from magic141_jax.models.attention import attention, causal_mask
 from magic141_jax.models.layers import Linear
+from magic141_jax.models.network import scan
 
 # For a network whose `encoder` is an `Encoder`; axes are those of the last dimensions, so layers stay whole.
 SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -105,10 +106,10 @@ class Encoder(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
         seen = causal_mask(mask) if self.config.causal else mask
 
-        def step(x: Array, layer: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graphdef, layer)(x, seen), None
+        def step(x: Array, layer: tuple[nnx.State, None]) -> tuple[Array, None]:
+            return nnx.merge(graphdef, layer[0])(x, seen), None
 
-        return jax.lax.scan(step, x, stacked)[0]
+        return scan(step, x, stacked)[0]
 
 
 def affine_norm(width: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -80,11 +80,11 @@ class ImageConv(nnx.Module):
         y = halo.convolve(self._frames, x, self.kernel[...], border=border, fill="zero", step=self.stride)
         return y + self.bias[...].reshape(1, 1, 1, 1, -1)
 
-    def _frames(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """Convolves each frame, which has its border."""
+    def _frames(self, x: jax.Array, kernel: jax.Array, zeros: halo.Border = ((0, 0), (0, 0))) -> jax.Array:
+        """Convolves each frame with so many zeros around it; by default it has its border already."""
         b, t, *image = x.shape
         y = jax.lax.conv_general_dilated(
-            x.reshape(b * t, *image), kernel, self.stride, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x.reshape(b * t, *image), kernel, self.stride, zeros, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
         return y.reshape(b, t, *y.shape[1:])
 

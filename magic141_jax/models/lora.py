@@ -93,6 +93,6 @@ def scaled(params: Params, scale: float | jax.Array) -> Params:
     """Parameters whose adapters, if any, count `scale` times: their B is scaled."""
 
     def scale_b(path: str, leaf: Any) -> Any:
-        return (leaf * scale).astype(leaf.dtype) if path.endswith(".b") else leaf
+        return jax.tree.map(lambda b: (b * scale).astype(b.dtype), leaf) if path.endswith(".b") else leaf
 
     return unflatten({path: scale_b(path, leaf) for path, leaf in flatten(params).items()})

@@ -38,7 +38,7 @@ from magic141_jax.errors import UserError
 from magic141_jax.models import layers as nn
 from magic141_jax.models import sequence
 from magic141_jax.models.attention import attention, joint_attention
-from magic141_jax.models.network import Network
+from magic141_jax.models.network import Network, scan
 from magic141_jax.pytree import Params
 from magic141_jax.shapes import Latents, Pooled, Times, TokenMask, Tokens
 from magic141_jax.sharding import keep_split
@@ -414,7 +414,7 @@ def _scan(
             features = features.at[slot].set(kept.video(x), mode="drop", unique_indices=True)
         return (x, features), x if collect else None
 
-    (carry, features), outputs = jax.lax.scan(body, (carry, features), (state, slots))
+    (carry, features), outputs = scan(body, (carry, features), state, slots)
     return carry, outputs if collect else features
 
 
@@ -504,15 +504,15 @@ class MMDiT(nnx.Module):
         config, layout, collect = self.config, context.layout, intermediates is True
         chosen = not isinstance(intermediates, bool)
         run = functools.partial(_block, context=context)
-        scan = functools.partial(_scan, run=run, remat=config.remat, collect=collect, tokens=True)
+        through = functools.partial(_scan, run=run, remat=config.remat, collect=collect, tokens=True)
         kept = None
         if chosen:
             features = jnp.zeros((len(intermediates), *tokens[0].shape), tokens[0].dtype)
             slots = _slots(config, intermediates)
             kept = Kept(features, slots[0], lambda x: x[0])
-        tokens, first = scan(self.double_blocks, tokens, kept=kept)
+        tokens, first = through(self.double_blocks, tokens, kept=kept)
         kept = Kept(first, slots[1], lambda x: layout.part(x)[0]) if chosen else None
-        joint, last = scan(self.single_blocks, layout.join(*tokens), kept=kept)
+        joint, last = through(self.single_blocks, layout.join(*tokens), kept=kept)
         if not collect:
             return joint, last
         return joint, {"double_blocks.video": first[0], "double_blocks.text": first[1], "single_blocks": last}

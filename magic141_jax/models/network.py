@@ -3,18 +3,25 @@
 The module is built abstractly, split once into (graphdef, state) and merged inside the traced function, because
 `nnx.jit` costs some 40 times `jax.jit` a call in Python and a jitted function of plain arrays can be donated,
 sharded and checkpointed like any other. `params` is a nested dict of arrays (see `magic141_jax.pytree`).
+
+Layers of a kind are stacked on a leading axis, in a module called `layers` or `..._blocks`, and `scan` runs them one
+after the other. It also takes layers that lie `apart`, as programs for a CPU get them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
-from magic141_jax.pytree import Params
+from magic141_jax.pytree import Params, flatten, unflatten
+
+STACKED = re.compile(r"(^|\.)(layers|\w*blocks)\.(?!\d)")  # in a path; modules of a list have numbers there
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +74,42 @@ class Network:
     def bind(self, params: Params) -> nnx.Module:
         """The module with the given parameters; traceable."""
         return nnx.merge(self.graphdef, _to_state(self.abstract_state, params))
+
+
+def apart(params: Params) -> Params:
+    """The same parameters with a tuple of layers in the place of each stack, on one CPU; elsewhere as they are.
+
+    XLA for a CPU copies the weights of a layer out of their stack whenever a scan comes to it. Arrays of their own are
+    multiplied where they lie; here they are views of the stacks, so nothing is held twice.
+    """
+    flat = flatten(params)
+    stacks = {path: leaf for path, leaf in flat.items() if STACKED.search(path)}
+    if not all(isinstance(leaf, jax.Array) and _on_one_cpu(leaf) for leaf in stacks.values()):
+        return params
+    return unflatten(flat | {path: tuple(map(jax.device_put, np.asarray(leaf))) for path, leaf in stacks.items()})
+
+
+def scan(
+    body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]], carry: Any, layers: nnx.State, others: Any = None
+) -> tuple[Any, Any]:
+    """`jax.lax.scan(body, carry, (layers, others))`, and the same loop over layers that lie `apart`, written out."""
+
+    def is_stack(x: Any) -> bool:
+        return isinstance(x, tuple)
+
+    stacks = jax.tree.leaves(layers, is_leaf=is_stack)
+    if not is_stack(stacks[0]):
+        return jax.lax.scan(body, carry, (layers, others))
+    outputs, body = [], jax.jit(body)  # traced once
+    for i in range(len(stacks[0])):
+        layer = jax.tree.map(lambda stack, i=i: stack[i], layers, is_leaf=is_stack)
+        carry, output = body(carry, (layer, jax.tree.map(lambda x, i=i: x[i], others)))
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *x: jax.numpy.stack(x), *outputs)
+
+
+def _on_one_cpu(array: jax.Array) -> bool:
+    return [device.platform for device in array.devices()] == ["cpu"]
 
 
 def _to_params(state: nnx.State) -> Params:

@@ -34,7 +34,7 @@ from magic141_jax.diffusion.conditioning import Conditioning, LatentMask
 from magic141_jax.errors import UserError
 from magic141_jax.models import lora
 from magic141_jax.models.mmdit import velocity_fn
-from magic141_jax.models.network import Network
+from magic141_jax.models.network import Network, apart
 from magic141_jax.models.resident import Held, taken
 from magic141_jax.models.text import TextStates
 from magic141_jax.models.vae import latent_frames
@@ -74,7 +74,8 @@ class Stage:
         donate: Sequence[int] = (),
         wait: bool = True,
     ) -> None:
-        self._function, self._params, self._seconds = sharding.over(mesh, function), params, seconds
+        self._function, self._seconds = sharding.over(mesh, function), seconds
+        self._params = params if callable(params) else apart(params)
         self._mesh, self._wait = mesh, wait
         self._donate = tuple(1 + number for number in donate)  # behind the parameters
         self._compiled: dict[Any, Callable[..., Any]] = {}
@@ -88,7 +89,7 @@ class Stage:
         if key not in self._compiled:
             start = time.perf_counter()
             program = jax.jit(functools.partial(self._function, **static), donate_argnums=self._donate)
-            self._compiled[key] = program.lower(params, *arrays).compile()
+            self._compiled[key] = compiled(program.lower(params, *arrays))
             self._seconds["compile"] += time.perf_counter() - start
         with clock(self._seconds, label):
             made = self._compiled[key](params, *arrays)
@@ -99,6 +100,17 @@ class Stage:
             return self._params
         with clock(self._seconds, "move"):
             return jax.block_until_ready(taken(self._params))
+
+
+def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a program; one with convolutions runs a quarter faster on two CPU cores if these are Eigen's.
+
+    XLA gives them to YNNPACK unless told otherwise, by an option that other versions may not know.
+    """
+    if sharding.platform() == "cpu":
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            return lowered.compile({"xla_cpu_experimental_ynn_fusion_type": ""})
+    return lowered.compile()
 
 
 class Engine:

@@ -20,9 +20,9 @@ def convolution(fill, step):
     """Of frames, with the border of a stride: below and on the right only, where pictures are halved."""
     sides = (1 if step == 1 else 0, 1)
 
-    def frames(x, kernel):
+    def frames(x, kernel, zeros="VALID"):
         y = jax.lax.conv_general_dilated(
-            x[:, 0], kernel, (step, step), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x[:, 0], kernel, (step, step), zeros, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
         return y[:, None]
 

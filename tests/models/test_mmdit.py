@@ -1,6 +1,7 @@
 """Invariants of the transformer: batch, padding, depth, recomputation, sharding rules, initial output."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -13,7 +14,7 @@ from magic141_jax import sharding
 from magic141_jax.diffusion import conditioning, flow
 from magic141_jax.errors import UserError
 from magic141_jax.models.mmdit import SHARDING_RULES, SIZES, MMDiT, debug, features_fn, velocity_fn
-from magic141_jax.models.network import Network
+from magic141_jax.models.network import Network, apart
 from magic141_jax.pytree import count, flatten
 
 CONFIG = dataclasses.replace(debug(), double_blocks=2, single_blocks=3)
@@ -192,6 +193,18 @@ def test_program_size_does_not_grow_with_depth(intermediates):
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("intermediates", [False, True, (1, 3)])
+def test_layers_that_lie_apart_give_the_same_numbers(network, params, intermediates):
+    def forward(params):
+        return network(params, *inputs(), intermediates=intermediates)
+
+    laid = apart(jax.device_put(params, jax.devices()[0]))
+    stacks = [len(leaf) for leaf in flatten(laid).values() if isinstance(leaf, tuple)]
+    assert set(stacks) == {CONFIG.double_blocks, CONFIG.single_blocks, CONFIG.refiner_blocks}
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4)
+    jax.tree.map(close, *(jax.jit(forward)(p) for p in (laid, params)))
+
+
 def test_recomputation_leaves_gradients_alone(params):
     def gradients(remat):
         net = Network.create(MMDiT, dataclasses.replace(CONFIG, remat=remat))

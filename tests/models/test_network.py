@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from magic141_jax import weights
-from magic141_jax.models.network import Network
+from magic141_jax.models.network import Network, apart, scan
+from magic141_jax.sharding import make_mesh, replicated
 from magic141_jax.pytree import count, flatten
 
 
@@ -37,7 +38,7 @@ class Toy(nnx.Module):
 
     def __call__(self, x, scale=1.0):
         graphdef, state = nnx.split(self.layers)
-        x, _ = jax.lax.scan(lambda x, s: (nnx.merge(graphdef, s)(x), None), self.first(x), state)
+        x, _ = scan(lambda x, layer: (nnx.merge(graphdef, layer[0])(x), None), self.first(x), state)
         return scale * (self.blocks[0](x) + self.blocks[1](x))
 
     def double(self, x):
@@ -106,3 +107,37 @@ def test_a_missing_parameter_is_an_error():
     del params["first"]
     with pytest.raises(KeyError, match="first"):
         NETWORK(params, X)
+
+
+def test_layers_that_lie_apart_are_views_of_their_stack_and_give_its_numbers():
+    params = NETWORK.init(jax.random.key(0))
+    laid = apart(params)
+    flat = flatten(laid)
+    assert {path for path, leaf in flat.items() if isinstance(leaf, tuple)} == {"layers.bias", "layers.kernel"}
+    stack, (_, second, _) = params["layers"]["kernel"], laid["layers"]["kernel"]
+    assert second.unsafe_buffer_pointer() - stack.unsafe_buffer_pointer() == stack.nbytes // 3
+    np.testing.assert_array_equal(jax.jit(NETWORK.__call__)(laid, X), jax.jit(NETWORK.__call__)(params, X))
+
+
+def test_a_loop_over_layers_that_lie_apart_is_the_scan_written_out():
+    params = apart({"layers": {"kernel": jnp.arange(6.0).reshape(3, 2)}})
+    state = nnx.State({"kernel": nnx.Param(params["layers"]["kernel"])})
+    stacked = nnx.State({"kernel": nnx.Param(jnp.arange(6.0).reshape(3, 2))})
+
+    def body(carry, inputs):
+        layer, number = inputs
+        carry = carry + number * layer["kernel"][...]
+        return carry, {"so far": carry}
+
+    def run(layers):
+        return scan(body, jnp.ones(2), layers, np.array([1.0, 10.0, 100.0]))
+
+    jax.tree.map(np.testing.assert_array_equal, run(state), run(stacked))
+    assert "scan" in str(jax.make_jaxpr(lambda: run(stacked))())
+    assert "scan" not in str(jax.make_jaxpr(lambda: run(state))())
+
+
+def test_what_lies_on_several_devices_stays_stacked():
+    params = NETWORK.init(jax.random.key(0))
+    laid = jax.device_put(params, replicated(make_mesh()))
+    assert apart(laid) is laid
