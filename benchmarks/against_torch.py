@@ -46,7 +46,7 @@ from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.errors import OneLineParser, UserError, run_entry_point
 from magic141_jax.evaluation.speed import clock
 from magic141_jax.models.hunyuan_vae import HunyuanVAE, HunyuanVAEConfig
-from magic141_jax.models.mmdit import MMDiT, MMDiTConfig, emoji, hunyuan_13b, velocity_fn
+from magic141_jax.models.mmdit import MMDiT, MMDiTConfig, emoji, hunyuan_13b, walk_fn
 from magic141_jax.models.network import Network, apart
 from magic141_jax.pipelines.components import DEFAULT, find_folder, load_model
 from magic141_jax.pipelines.engine import compiled
@@ -338,8 +338,9 @@ def jax_evaluation(network: Network, steps: int, params: Params, inputs: Mapping
 def jax_walk(network: Network, steps: int, params: Params, inputs: Mapping[str, Any]) -> jax.Array:
     """The walk as one program."""
     cond = Conditioning(*(inputs[name] for name in ("text", "text_mask", "pooled", "known", "mask")))
-    velocity = velocity_fn(network, params)
-    return samplers.sample(velocity, cond, inputs["noise"], timesteps.grid(steps, SHIFT), keep=False)
+    times = timesteps.grid(steps, SHIFT)
+    velocity = walk_fn(network, params, cond, times[:-1])
+    return samplers.sample(velocity, cond, inputs["noise"], times, keep=False)
 
 
 def torch_inputs(inputs: Mapping[str, np.ndarray], torch: Any, model: Any) -> tuple[Any, Any, dict[str, Any]]:

@@ -44,10 +44,15 @@ def branches(velocity: Velocity, negative: Conditioning) -> Callable[..., tuple[
     """(x, t, cond) -> the velocity with the text of `cond` and the one with that of `negative`, run as one batch."""
 
     def both_velocities(x: Latents, t: Times, cond: Conditioning) -> tuple[Latents, Latents]:
-        n = negative.image_tokens
-        other = replace_text(cond, negative.text[:, n:], negative.text_mask[:, n:], negative.pooled)
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, other)
+        both = joined(cond, negative)
         v_cond, v_negative = jnp.split(velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both), 2)
         return v_cond, v_negative
 
     return both_velocities
+
+
+def joined(cond: Conditioning, negative: Conditioning) -> Conditioning:
+    """The batch of 2b of both branches: `cond`, and behind it the same with the text of `negative`."""
+    n = negative.image_tokens
+    other = replace_text(cond, negative.text[:, n:], negative.text_mask[:, n:], negative.pooled)
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, other)

@@ -11,6 +11,9 @@ inputs (b, f, h, w, in_channels), t (b,), text (b, s, e), pooled (b, p)  ->  (b,
     single blocks: both in one stream, attention and MLP in parallel from one norm
     out   = unpatchify(linear(modulated norm(video)))
 
+What depends on neither x nor a block's tokens (text, and all modulations) is `MMDiT.prepare`, the rest
+`MMDiT.evaluate`: a walk whose times are known prepares all of its steps at once (`walk_fn`).
+
 Blocks of a kind are stacked on a leading layer axis and scanned, so compile time does not grow with depth. Every
 modulation is (shift, scale, gate) in that order and starts at zero (gates at `gate_start`), as does the output layer:
 a fresh network predicts 0.
@@ -24,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +47,7 @@ from magic141_jax.shapes import Latents, Pooled, Times, TokenMask, Tokens
 from magic141_jax.sharding import keep_split
 
 TIME_SCALE = 1000.0
+TIMES_AT_ONCE = 8  # of a walk, for which text is refined in one batch
 REFINER_MLP_RATIO = 4  # the published layout has no setting for it
 
 
@@ -217,19 +221,34 @@ SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every block of a forward pass sees: silu(c) (b, e), RoPE tables (1, j, 1, 1, k) and the key mask (b, j).
+    """What every block of a forward pass sees: RoPE tables (1, j, 1, 1, k) and the key mask (b, j).
 
-    `layout` says where the j tokens lie. With known="replace" also silu(c_0) (b, e), and which of the j tokens it is
-    for (b, j).
+    `layout` says where the j tokens lie. With known="replace" also which of them are known (b, j).
     """
 
     layout: sequence.Layout
-    vector: Array
     cos: Array
     sin: Array
     mask: Array
-    known_vector: Array | None = None
     known: Array | None = None
+
+
+class Prepared(NamedTuple):
+    """What an evaluation needs of the time and the prompt (`MMDiT.prepare`).
+
+    Attributes:
+      condition: c, (b, e) float32.
+      words: the text as it enters the blocks, (b, s, d).
+      double, single: shifts, scales and gates of the streams of the blocks, (layers, b, k, m d) each; k is 1, or with
+        known="replace" 2: behind those of noisy tokens stand those of known ones.
+      last: shift and scale before the output layer, (b, 1, 2 d).
+    """
+
+    condition: Array
+    words: Array
+    double: tuple[Array, Array]
+    single: tuple[Array]
+    last: Array
 
 
 class Stream(nnx.Module):
@@ -248,16 +267,17 @@ class Stream(nnx.Module):
         self.mlp_up = linear(config.width, config.mlp_width)
         self.mlp_down = linear(config.mlp_width, config.width)
 
-    def modulations(self, context: Context, known: Array | None = None) -> list[Array]:
-        """The shifts, scales and gates of this stream: (b, 1, d) each, or (b, j, d) where `known` (b, j) is given."""
+    def modulations(self, vectors: Array) -> Array:
+        """silu(c), and of known tokens silu(c_0), (b, k, e) -> what modulates each layer, (layers, b, k, m d)."""
+        graphdef, layers = nnx.split(self.modulation)
+        return scan(lambda carry, layer: (carry, nnx.merge(graphdef, layer[0])(vectors)), None, layers)[1]
 
-        def parts(vector: Array) -> list[Array]:
-            return jnp.split(self.modulation(vector)[:, None], self.modulation.bias.shape[-1] // self.config.width, -1)  # pyright: ignore[reportOptionalMemberAccess]
-
+    def parts(self, modulations: Array, known: Array | None = None) -> list[Array]:
+        """The shifts, scales and gates of one layer (b, k, m d): (b, 1, d) each, or (b, j, d) with `known` (b, j)."""
+        parts = jnp.split(modulations, modulations.shape[-1] // self.config.width, -1)
         if known is None:
-            return parts(context.vector)
-        pairs = zip(parts(context.known_vector), parts(context.vector))
-        return [jnp.where(known[:, :, None], replaced, noisy) for replaced, noisy in pairs]
+            return [part[:, :1] for part in parts]
+        return [jnp.where(known[:, :, None], part[:, 1:], part[:, :1]) for part in parts]
 
     def project(self, x: Array) -> tuple[Array, Array]:
         """x (b, j, d) -> normed q and k (b, j, n, 2, k), and v (b, j, n, k)."""
@@ -282,11 +302,11 @@ class DoubleBlocks(nnx.Module):
         self.video = Stream(config, config.double_blocks, 6, rngs=rngs)
         self.text = Stream(config, config.double_blocks, 6, rngs=rngs)
 
-    def __call__(self, tokens: tuple[Array, Array], context: Context) -> tuple[Array, Array]:
-        """One block: (video (b, l, d), text (b, s, d)) -> the same."""
+    def __call__(self, tokens: tuple[Array, Array], video: Array, text: Array, context: Context) -> tuple[Array, Array]:
+        """One block: (video (b, l, d), text (b, s, d)) -> the same, with the modulations of both."""
         streams, layout = (self.video, self.text), context.layout
         known = None if context.known is None else layout.part(context.known)[0]
-        parts = [self.video.modulations(context, known), self.text.modulations(context)]
+        parts = [self.video.parts(video, known), self.text.parts(text)]
         projected = [
             stream.project(nn.modulate(nn.layer_norm(x), p[0], p[1])) for stream, x, p in zip(streams, tokens, parts)
         ]
@@ -310,9 +330,9 @@ class SingleBlocks(nnx.Module):
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.joint = Stream(config, config.single_blocks, 3, rngs=rngs, bias=False)
 
-    def __call__(self, x: Array, context: Context) -> Array:
+    def __call__(self, x: Array, modulations: Array, context: Context) -> Array:
         """One block: video then text tokens (b, j, d) -> the same."""
-        shift, scale, gate = self.joint.modulations(context, context.known)
+        shift, scale, gate = self.joint.parts(modulations, context.known)
         y = nn.modulate(nn.layer_norm(x), shift, scale)
         attended = self.joint.attend(*self.joint.project(y), context)
         return x + gate * (self.joint.attention_out(attended) + self.joint.mlp(y))
@@ -378,8 +398,8 @@ class Kept:
     video: Callable[[Any], Array]
 
 
-def _block(block: Callable, x: Any, **context: Any) -> Any:
-    return block(x, **context)
+def _block(block: Callable, x: Any, *modulations: Array, **context: Any) -> Any:
+    return block(x, *modulations, **context)
 
 
 def _scan(
@@ -388,11 +408,12 @@ def _scan(
     run: Callable,
     remat: str,
     *,
+    modulations: tuple[Array, ...] = (),
     collect: bool = False,
     kept: Kept | None = None,
     tokens: bool = False,
 ) -> tuple[Any, Any]:
-    """Runs `carry = run(block, carry)` over the stacked blocks -> (the last carry, every block's output or features).
+    """Runs `carry = run(block, carry, *its modulations)` over stacked blocks -> (the last carry, outputs or features).
 
     With `kept` the video tokens of a block's output are written at its slot; slot k means nowhere. Recomputation does
     not reach over the writing, for it would save all features with every block; a write needs no more than its slot to
@@ -401,20 +422,20 @@ def _scan(
     graphdef, state = nnx.split(blocks)
     hold = functools.partial(keep_split, tokens=tokens)
 
-    def one(carry: Any, weights: nnx.State) -> Any:
-        return run(nnx.merge(graphdef, weights), jax.tree.map(hold, carry))
+    def one(carry: Any, weights: nnx.State, modulations: tuple[Array, ...]) -> Any:
+        return run(nnx.merge(graphdef, weights), jax.tree.map(hold, carry), *modulations)
 
     block = nn.REMAT[remat](one)
     features, slots = (None, None) if kept is None else (kept.features, kept.slots)
 
     def body(carry: tuple[Any, Any], layer: tuple[Any, Any]) -> tuple[tuple[Any, Any], Any]:
-        (x, features), (weights, slot) = carry, layer
-        x = block(x, weights)
+        (x, features), (weights, (slot, modulations)) = carry, layer
+        x = block(x, weights, modulations)
         if kept is not None:
             features = features.at[slot].set(kept.video(x), mode="drop", unique_indices=True)
         return (x, features), x if collect else None
 
-    (carry, features), outputs = scan(body, (carry, features), state, slots)
+    (carry, features), outputs = scan(body, (carry, features), state, (slots, modulations))
     return carry, outputs if collect else features
 
 
@@ -466,40 +487,78 @@ class MMDiT(nnx.Module):
           UserError: sides not divisible by the patch, wrong channel count, guidance or `known` missing or superfluous,
             blocks that the network lacks.
         """
-        config = self.config
-        _check(config, inputs, guidance, known)
-        dtype = jnp.dtype(config.compute_dtype)
-        grid = tuple(side // p for side, p in zip(inputs.shape[1:4], config.patch))
+        prepared = self.prepare(t, text, text_mask, pooled, guidance=guidance)
+        return self.evaluate(inputs, prepared, text_mask, known=known, intermediates=intermediates)
+
+    def prepare(
+        self, t: Times, text: Tokens, text_mask: TokenMask, pooled: Pooled, *, guidance: Times | None = None
+    ) -> Prepared:
+        """What `evaluate` needs of everything but the latents; arguments and errors as of a call."""
+        config, dtype = self.config, jnp.dtype(self.config.compute_dtype)
+        _check("guidance", guidance, config.guidance_embedding)
         features = nn.time_features(TIME_SCALE * t, config.time_features)
         condition = self._condition(features, pooled, guidance)
         words = self.text_in(text.astype(dtype), _never_empty(text_mask), features.astype(dtype))
-        layout = sequence.make(grid, text.shape[1], tile=config.tile, window=config.window)
+        conditions = [condition]
+        if config.known == "replace":  # what known tokens show is of time 0, and guidance says nothing of it
+            zero = nn.time_features(jnp.zeros_like(t), config.time_features)
+            conditions.append(self._condition(zero, pooled))
+        vectors = jax.nn.silu(jnp.stack(conditions, 1)).astype(dtype)
+        blocks = self.double_blocks
+        double = blocks.video.modulations(vectors), blocks.text.modulations(vectors[:, :1])
+        single = (self.single_blocks.joint.modulations(vectors),)
+        return Prepared(condition, words, double, single, self.modulation_out(vectors[:, :1]))
+
+    def evaluate(
+        self,
+        inputs: Latents,
+        prepared: Prepared,
+        text_mask: TokenMask,
+        *,
+        known: conditioning_lib.LatentMask | None = None,
+        intermediates: bool | tuple[int, ...] = False,
+    ) -> Latents | tuple[Latents, dict[str, Array]] | tuple[Latents, Float[Array, "k b l d"]]:
+        """The rest of a call."""
+        config = self.config
+        if inputs.shape[-1] != config.in_channels:
+            raise UserError(f"the network takes {config.in_channels} input channels, got {inputs.shape[-1]}")
+        _check("known", known, config.known == "replace")
+        dtype = jnp.dtype(config.compute_dtype)
+        grid = tuple(side // p for side, p in zip(inputs.shape[1:4], config.patch))
+        layout = sequence.make(grid, text_mask.shape[1], tile=config.tile, window=config.window)
         video = self.patch_in(layout.video(nn.patchify(inputs.astype(dtype), config.patch)))
         if config.absolute_positions:
             positions = nn.sine_positions(grid, config.width, config.rope_theta)
             video += layout.video(positions.astype(dtype)[None])
-        vector = jax.nn.silu(condition).astype(dtype)
-        context = self._context(layout, grid, vector, text_mask)
-        if known is not None:
-            context = self._with_known(context, known, pooled)
-        joint, outputs = self._blocks((video, layout.words(words)), context, intermediates)
+        context = self._context(layout, grid, text_mask, known)
+        joint, outputs = self._blocks((video, layout.words(prepared.words)), prepared, context, intermediates)
 
-        shift, scale = jnp.split(self.modulation_out(vector)[:, None], 2, axis=-1)
+        shift, scale = jnp.split(prepared.last, 2, axis=-1)
         last = self.patch_out(nn.modulate(nn.layer_norm(layout.part(joint)[0]), shift, scale))
         out = nn.unpatchify(layout.grid(last).astype(jnp.float32), grid, config.patch)
         if intermediates is True:
-            return out, {"condition": condition, "patch_in": video, "text_in": words} | outputs
+            own = {"condition": prepared.condition, "patch_in": video, "text_in": prepared.words}
+            return out, own | outputs
         return out if intermediates is False else (out, layout.grid(outputs, axis=2))
 
-    def _context(self, layout: sequence.Layout, grid: tuple[int, int, int], vector: Array, text_mask: Array) -> Context:
+    def _context(
+        self, layout: sequence.Layout, grid: tuple[int, int, int], text_mask: Array, known: Array | None
+    ) -> Context:
         """What all blocks see: positions turn the video's tokens, and text is masked as its mask says."""
         tables = nn.rope_tables(grid, self.config.rope_axes, self.config.rope_theta, text=len(layout.text))
         l = len(layout.inverse)
         cos, sin = (layout.join(layout.video(x[None, :l]), x[None, l:])[:, :, None, None] for x in tables)
-        valid = jnp.broadcast_to(jnp.asarray(layout.order >= 0)[None], (vector.shape[0], len(layout.order)))
-        return Context(layout, vector, cos, sin, layout.join(valid, layout.words(text_mask.astype(bool))))
+        valid = jnp.broadcast_to(jnp.asarray(layout.order >= 0)[None], (text_mask.shape[0], len(layout.order)))
+        context = Context(layout, cos, sin, layout.join(valid, layout.words(text_mask.astype(bool))))
+        if known is None:
+            return context
+        tokens = layout.video(nn.patchify(known, self.config.patch).all(-1))
+        words = jnp.zeros((tokens.shape[0], len(layout.text)), bool)
+        return dataclasses.replace(context, known=layout.join(tokens, words))
 
-    def _blocks(self, tokens: tuple[Array, Array], context: Context, intermediates: Any) -> tuple[Array, Any]:
+    def _blocks(
+        self, tokens: tuple[Array, Array], prepared: Prepared, context: Context, intermediates: Any
+    ) -> tuple[Array, Any]:
         """(video, text) -> all tokens (b, j, d) after the last block, and the intermediates that were asked for."""
         config, layout, collect = self.config, context.layout, intermediates is True
         chosen = not isinstance(intermediates, bool)
@@ -510,9 +569,9 @@ class MMDiT(nnx.Module):
             features = jnp.zeros((len(intermediates), *tokens[0].shape), tokens[0].dtype)
             slots = _slots(config, intermediates)
             kept = Kept(features, slots[0], lambda x: x[0])
-        tokens, first = through(self.double_blocks, tokens, kept=kept)
+        tokens, first = through(self.double_blocks, tokens, modulations=prepared.double, kept=kept)
         kept = Kept(first, slots[1], lambda x: layout.part(x)[0]) if chosen else None
-        joint, last = through(self.single_blocks, layout.join(*tokens), kept=kept)
+        joint, last = through(self.single_blocks, layout.join(*tokens), modulations=prepared.single, kept=kept)
         if not collect:
             return joint, last
         return joint, {"double_blocks.video": first[0], "double_blocks.text": first[1], "single_blocks": last}
@@ -524,23 +583,10 @@ class MMDiT(nnx.Module):
             condition += self.guidance_in(nn.time_features(TIME_SCALE * guidance, self.config.time_features))
         return condition
 
-    def _with_known(self, context: Context, known: Array, pooled: Array) -> Context:
-        """The context with the vector of time 0, without guidance, and the tokens that it is for; text is not known."""
-        zero = nn.time_features(jnp.zeros(pooled.shape[0]), self.config.time_features)
-        vector = jax.nn.silu(self._condition(zero, pooled)).astype(context.vector.dtype)
-        layout = context.layout
-        tokens = layout.video(nn.patchify(known, self.config.patch).all(-1))
-        words = jnp.zeros((tokens.shape[0], len(layout.text)), bool)
-        return dataclasses.replace(context, known_vector=vector, known=layout.join(tokens, words))
 
-
-def _check(config: MMDiTConfig, inputs: Array, guidance: Array | None, known: Array | None) -> None:
-    if inputs.shape[-1] != config.in_channels:
-        raise UserError(f"the network takes {config.in_channels} input channels, got {inputs.shape[-1]}")
-    wanted = {"guidance": config.guidance_embedding, "known": config.known == "replace"}
-    for name, value in {"guidance": guidance, "known": known}.items():
-        if (value is not None) != wanted[name]:
-            raise UserError(f"by its config this network {'needs' if wanted[name] else 'takes no'} {name}")
+def _check(name: str, value: Array | None, wanted: bool) -> None:
+    if (value is not None) != wanted:
+        raise UserError(f"by its config this network {'needs' if wanted else 'takes no'} {name}")
 
 
 def _slots(config: MMDiTConfig, chosen: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -565,10 +611,35 @@ def velocity_fn(network: Network, params: Params, *, guidance: Times | float | N
     `guidance` is the scale handed to a network with a guidance embedding, or one per sample.
     """
     call = _seam(network, params, guidance, False)
+    return lambda x, t, cond: _as_velocity(network, x, t, call(x, t, cond))
+
+
+def walk_fn(
+    network: Network,
+    params: Params,
+    told: conditioning_lib.Conditioning,
+    times: Float[Array, " n"],
+    *,
+    guidance: Times | float | None = None,
+) -> Callable[..., Latents]:
+    """`velocity_fn` for one walk: what depends on its times and its text alone is computed here, for all at once.
+
+    The velocity is to be called with all samples at one of `times`, and with the text of `told`; of a conditioning it
+    reads the text's mask and the known latents.
+    """
+
+    def prepare(t: Array) -> Prepared:
+        many = jnp.broadcast_to(t, told.text.shape[:1])
+        scales = _scales(guidance, many)
+        return network(params, many, told.text, told.text_mask, told.pooled, guidance=scales, method="prepare")
+
+    steps = jax.lax.map(prepare, times, batch_size=TIMES_AT_ONCE)
 
     def velocity(x: Latents, t: Times, cond: conditioning_lib.Conditioning) -> Latents:
-        out = call(x, t, cond)
-        return flow.velocity_from_sample(x, t, out) if network.config.prediction == "sample" else out
+        now = jax.tree.map(lambda values: values[jnp.argmax(times == t[0])], steps)
+        inputs, known = _inputs(network, x, cond)
+        out = network(params, inputs, now, cond.text_mask, known=known, method="evaluate")
+        return _as_velocity(network, x, t, out)
 
     return velocity
 
@@ -586,15 +657,24 @@ def features_fn(
 
 def _seam(network: Network, params: Params, guidance: Any, intermediates: bool | tuple[int, ...]) -> Callable:
     """(x, t, conditioning) -> what the network returns on inputs in the form that its config asks for."""
-    config = network.config
 
     def call(x: Latents, t: Times, cond: conditioning_lib.Conditioning) -> Any:
-        inputs = conditioning_lib.model_input(x, cond, known=config.known, hold=config.hold_known)
-        options = {
-            "guidance": None if guidance is None else jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), t.shape),
-            "known": cond.mask if config.known == "replace" else None,
-            "intermediates": intermediates,
-        }
+        inputs, known = _inputs(network, x, cond)
+        options = {"guidance": _scales(guidance, t), "known": known, "intermediates": intermediates}
         return network(params, inputs, t, cond.text, cond.text_mask, cond.pooled, **options)
 
     return call
+
+
+def _inputs(network: Network, x: Latents, cond: conditioning_lib.Conditioning) -> tuple[Array, Array | None]:
+    config = network.config
+    inputs = conditioning_lib.model_input(x, cond, known=config.known, hold=config.hold_known)
+    return inputs, cond.mask if config.known == "replace" else None
+
+
+def _scales(guidance: Times | float | None, t: Times) -> Times | None:
+    return None if guidance is None else jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), t.shape)
+
+
+def _as_velocity(network: Network, x: Latents, t: Times, out: Latents) -> Latents:
+    return flow.velocity_from_sample(x, t, out) if network.config.prediction == "sample" else out

@@ -33,7 +33,7 @@ from magic141_jax.diffusion import conditioning, flow, guidance, samplers, times
 from magic141_jax.diffusion.conditioning import Conditioning, LatentMask
 from magic141_jax.errors import UserError
 from magic141_jax.models import lora
-from magic141_jax.models.mmdit import velocity_fn
+from magic141_jax.models.mmdit import walk_fn
 from magic141_jax.models.network import Network, apart
 from magic141_jax.models.resident import Held, taken
 from magic141_jax.models.text import TextStates
@@ -353,9 +353,12 @@ def _denoise(
     if image_share:
         noise = flow.interpolate(cond.known[:, :1], noise, 1 - image_share)
     scale = walk.guidance_scale
-    velocity = velocity_fn(network, params, guidance=scale if network.config.guidance_embedding else None)
-    if walk.negative is not None:
-        velocity = guidance.guided(velocity, conditioning.replace_text(cond, *walk.negative), scale)
+    negative = None if walk.negative is None else conditioning.replace_text(cond, *walk.negative)
+    told = cond if negative is None else guidance.joined(cond, negative)
+    embedded = scale if network.config.guidance_embedding else None
+    velocity = walk_fn(network, params, told, walk.times[:-1], guidance=embedded)
+    if negative is not None:
+        velocity = guidance.guided(velocity, negative, scale)
     seen = conditioning.noise_known(cond, keys[:, 1], walk.history_noise, sink=sink)
     return samplers.sample(
         lambda x, t, _: velocity(x, t, seen),

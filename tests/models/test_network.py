@@ -10,8 +10,8 @@ from flax import nnx
 
 from magic141_jax import weights
 from magic141_jax.models.network import Network, apart, scan
-from magic141_jax.sharding import make_mesh, replicated
 from magic141_jax.pytree import count, flatten
+from magic141_jax.sharding import make_mesh, replicated
 
 
 @dataclasses.dataclass(frozen=True)
