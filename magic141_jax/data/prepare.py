@@ -48,11 +48,11 @@ def in_windows(encoders: Encoders, length: int) -> Encoders:
     """Encoders that cut clips into windows of `length` frames, each sharing one frame with the next.
 
     Every window is encoded by itself, as a sliding window will see it: in a causal VAE a latent from mid-clip is no
-    first one. Latents of N windows follow each other, (b, N f, h, w, c).
+    first one. Latents of N windows follow each other, (b, N f, h, w, c). A picture is one window.
     """
 
     def frames(clips: np.ndarray) -> np.ndarray:
-        starts = range(0, clips.shape[1] - 1, length - 1)
+        starts = range(0, max(clips.shape[1] - 1, 1), length - 1)
         return np.concatenate([np.asarray(encoders.frames(clips[:, i : i + length])) for i in starts], axis=1)
 
     return encoders._replace(frames=frames)

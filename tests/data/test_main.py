@@ -82,12 +82,13 @@ def test_weights_give_latents_of_the_sizes_they_were_made_for(call, clip_folder,
 
 
 def test_chains_of_windows(call, tmp_path, weights_folder):
-    arguments = ("--weights", weights_folder, "--limit", "1", "--kind", "video", "--windows", "3")
+    arguments = ("--weights", weights_folder, "--limit", "1", "--windows", "3")
     code, stderr = call("prepare", "emoji", tmp_path / "out", *arguments)
     assert code == 0, stderr
     cache = Cache(tmp_path / "out")
     assert cache.metadata["windows"] == 3 and cache.buckets("videos") == ("32x32x25",)
     assert len(cache.source("videos")[0]["latents"]) == 3 * 3
+    assert len(cache.source("images")[0]["latents"]) == 1, "pictures of the same source are not cut"
 
 
 @pytest.mark.heavy

@@ -172,3 +172,5 @@ def test_windows_are_encoded_each_by_itself_and_share_a_frame():
     np.testing.assert_array_equal(made, np.concatenate(apart, axis=1))
     assert made.shape == (2, 8, 2, 2, 3)
     np.testing.assert_array_equal(made[:, 1], made[:, 2], err_msg="the last frame of one is the first of the next")
+    pictures = clips[:, :1]
+    np.testing.assert_array_equal(in_windows(encoders, 5).frames(pictures), encoders.frames(pictures))
