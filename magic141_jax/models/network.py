@@ -80,11 +80,14 @@ def apart(params: Params) -> Params:
     """The same parameters with a tuple of layers in the place of each stack, on one CPU; elsewhere as they are.
 
     XLA for a CPU copies the weights of a layer out of their stack whenever a scan comes to it. Arrays of their own are
-    multiplied where they lie; here they are views of the stacks, so nothing is held twice.
+    multiplied where they lie; here they are views of the stacks, so nothing is held twice. Packed kernels stay stacked,
+    for a scan expands one layer at a time; of layers written out XLA expands all ahead of a walk.
     """
     flat = flatten(params)
     stacks = {path: leaf for path, leaf in flat.items() if STACKED.search(path)}
     if not all(isinstance(leaf, jax.Array) and _on_one_cpu(leaf) for leaf in stacks.values()):
+        return params
+    if any(leaf.dtype.itemsize == 1 for leaf in stacks.values()):
         return params
     return unflatten(flat | {path: tuple(map(jax.device_put, np.asarray(leaf))) for path, leaf in stacks.items()})
 

@@ -137,6 +137,12 @@ def test_a_loop_over_layers_that_lie_apart_is_the_scan_written_out():
     assert "scan" not in str(jax.make_jaxpr(lambda: run(state))())
 
 
+def test_packed_kernels_stay_stacked():
+    params = NETWORK.init(jax.random.key(0))
+    packed = params | {"layers": {"kernel": {"values": jnp.ones((3, 4, 4), jnp.int8), "scale": jnp.ones((3, 1, 4))}}}
+    assert apart(packed) is packed
+
+
 def test_what_lies_on_several_devices_stays_stacked():
     params = NETWORK.init(jax.random.key(0))
     laid = jax.device_put(params, replicated(make_mesh()))
