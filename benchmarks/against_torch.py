@@ -46,8 +46,9 @@ from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.errors import OneLineParser, UserError, run_entry_point
 from magic141_jax.evaluation.speed import clock
 from magic141_jax.models.hunyuan_vae import HunyuanVAE, HunyuanVAEConfig
-from magic141_jax.models.mmdit import MMDiT, MMDiTConfig, emoji, hunyuan_13b, walk_fn
+from magic141_jax.models.mmdit import MMDiT, MMDiTConfig, emoji, hunyuan_13b
 from magic141_jax.models.network import Network, apart
+from magic141_jax.models.seam import walk_fn
 from magic141_jax.pipelines.components import DEFAULT, find_folder, load_model
 from magic141_jax.pipelines.engine import compiled
 from magic141_jax.pytree import Params, flatten

@@ -57,7 +57,7 @@ def discriminator_fn(features_fn: FeaturesFn, heads: Network, heads_params: Para
     """D(x_t, t, conditioning) -> (b,): heads on the features of a transformer, one logit a sample.
 
     Args:
-      features_fn: of `mmdit.features_fn`, for the layers of the heads' config. Its transformer stays as it is, unless
+      features_fn: of `seam.features_fn`, for the layers of the heads' config. Its transformer stays as it is, unless
         the caller differentiates by its parameters.
       heads, heads_params: `FeatureHeads`.
     """

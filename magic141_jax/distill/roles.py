@@ -24,7 +24,7 @@ from magic141_jax.diffusion.guidance import guided
 from magic141_jax.distill import rollout
 from magic141_jax.distill.rollout import WalkConfig
 from magic141_jax.errors import UserError
-from magic141_jax.models import lora, mmdit
+from magic141_jax.models import lora, seam
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import Params, cast
 from magic141_jax.shapes import Latents, Times
@@ -145,12 +145,12 @@ class Backbone:
         """
         network, own = self._of(params, role)
         own = own if trained else jax.lax.stop_gradient(own)
-        return mmdit.velocity_fn(network, own, guidance=self._scale(network, guidance))
+        return seam.velocity_fn(network, own, guidance=self._scale(network, guidance))
 
     def features(self, params: Mapping[str, Params], role: str, layers: tuple[int, ...]) -> FeaturesFn:
-        """The features of a role's blocks `layers` (`mmdit.features_fn`); its parameters are constants."""
+        """The features of a role's blocks `layers` (`seam.features_fn`); its parameters are constants."""
         network, own = self._of(params, role)
-        return mmdit.features_fn(network, jax.lax.stop_gradient(own), layers, guidance=self._scale(network))
+        return seam.features_fn(network, jax.lax.stop_gradient(own), layers, guidance=self._scale(network))
 
     def conditioning(self, params: Mapping[str, Params], part: str, record: Record, key: jax.Array) -> Conditioning:
         """The conditioning of a batch's part, "image" or "video", which all roles share."""

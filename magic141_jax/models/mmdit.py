@@ -12,7 +12,7 @@ inputs (b, f, h, w, in_channels), t (b,), text (b, s, e), pooled (b, p)  ->  (b,
     out   = unpatchify(linear(modulated norm(video)))
 
 What depends on neither x nor a block's tokens (text, and all modulations) is `MMDiT.prepare`, the rest
-`MMDiT.evaluate`: a walk whose times are known prepares all of its steps at once (`walk_fn`).
+`MMDiT.evaluate`: a walk whose times are known prepares all of its steps at once (`seam.walk_fn`).
 
 Blocks of a kind are stacked on a leading layer axis and scanned, so compile time does not grow with depth. Every
 modulation is (shift, scale, gate) in that order and starts at zero (gates at `gate_start`), as does the output layer:
@@ -35,19 +35,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from magic141_jax.diffusion import conditioning as conditioning_lib
-from magic141_jax.diffusion import flow
+from magic141_jax.diffusion.conditioning import Known, LatentMask
 from magic141_jax.errors import UserError
 from magic141_jax.models import layers as nn
 from magic141_jax.models import sequence
 from magic141_jax.models.attention import attention, joint_attention
-from magic141_jax.models.network import Network, scan
-from magic141_jax.pytree import Params
+from magic141_jax.models.network import scan
 from magic141_jax.shapes import Latents, Pooled, Times, TokenMask, Tokens
 from magic141_jax.sharding import keep_split
 
 TIME_SCALE = 1000.0
-TIMES_AT_ONCE = 8  # of a walk, for which text is refined in one batch
 REFINER_MLP_RATIO = 4  # the published layout has no setting for it
 
 
@@ -84,7 +81,7 @@ class MMDiTConfig:
 
     in_channels: int = 33
     out_channels: int = 16
-    known: conditioning_lib.Known = "channels"
+    known: Known = "channels"
     hold_known: bool = False
     patch: tuple[int, int, int] = (1, 2, 2)
     width: int = 3072
@@ -435,7 +432,7 @@ def _scan(
             features = features.at[slot].set(kept.video(x), mode="drop", unique_indices=True)
         return (x, features), x if collect else None
 
-    (carry, features), outputs = scan(body, (carry, features), state, (slots, modulations))
+    (carry, features), outputs = scan(body, (carry, features), state, others=(slots, modulations))
     return carry, outputs if collect else features
 
 
@@ -465,7 +462,7 @@ class MMDiT(nnx.Module):
         pooled: Pooled,
         *,
         guidance: Times | None = None,
-        known: conditioning_lib.LatentMask | None = None,
+        known: LatentMask | None = None,
         intermediates: bool | tuple[int, ...] = False,
     ) -> Latents | tuple[Latents, dict[str, Array]] | tuple[Latents, Float[Array, "k b l d"]]:
         """The network's prediction at times t in [0, 1] (1 = noise), float32.
@@ -504,8 +501,7 @@ class MMDiT(nnx.Module):
             zero = nn.time_features(jnp.zeros_like(t), config.time_features)
             conditions.append(self._condition(zero, pooled))
         vectors = jax.nn.silu(jnp.stack(conditions, 1)).astype(dtype)
-        blocks = self.double_blocks
-        double = blocks.video.modulations(vectors), blocks.text.modulations(vectors[:, :1])
+        double = self.double_blocks.video.modulations(vectors), self.double_blocks.text.modulations(vectors[:, :1])
         single = (self.single_blocks.joint.modulations(vectors),)
         return Prepared(condition, words, double, single, self.modulation_out(vectors[:, :1]))
 
@@ -515,7 +511,7 @@ class MMDiT(nnx.Module):
         prepared: Prepared,
         text_mask: TokenMask,
         *,
-        known: conditioning_lib.LatentMask | None = None,
+        known: LatentMask | None = None,
         intermediates: bool | tuple[int, ...] = False,
     ) -> Latents | tuple[Latents, dict[str, Array]] | tuple[Latents, Float[Array, "k b l d"]]:
         """The rest of a call."""
@@ -537,8 +533,7 @@ class MMDiT(nnx.Module):
         last = self.patch_out(nn.modulate(nn.layer_norm(layout.part(joint)[0]), shift, scale))
         out = nn.unpatchify(layout.grid(last).astype(jnp.float32), grid, config.patch)
         if intermediates is True:
-            own = {"condition": prepared.condition, "patch_in": video, "text_in": prepared.words}
-            return out, own | outputs
+            return out, {"condition": prepared.condition, "patch_in": video, "text_in": prepared.words} | outputs
         return out if intermediates is False else (out, layout.grid(outputs, axis=2))
 
     def _context(
@@ -603,78 +598,3 @@ def _never_empty(mask: Array) -> Array:
     """The mask (b, s) with column 0 opened in rows that have no token at all, so that softmax has a key."""
     first = jnp.arange(mask.shape[1])[None, :] == 0
     return mask.astype(bool) | (first & ~mask.any(axis=1, keepdims=True))
-
-
-def velocity_fn(network: Network, params: Params, *, guidance: Times | float | None = None) -> Callable[..., Latents]:
-    """The seam to `diffusion/`: velocity(x (b, f, h, w, c), t (b,), conditioning) -> v of x's shape.
-
-    `guidance` is the scale handed to a network with a guidance embedding, or one per sample.
-    """
-    call = _seam(network, params, guidance, False)
-    return lambda x, t, cond: _as_velocity(network, x, t, call(x, t, cond))
-
-
-def walk_fn(
-    network: Network,
-    params: Params,
-    told: conditioning_lib.Conditioning,
-    times: Float[Array, " n"],
-    *,
-    guidance: Times | float | None = None,
-) -> Callable[..., Latents]:
-    """`velocity_fn` for one walk: what depends on its times and its text alone is computed here, for all at once.
-
-    The velocity is to be called with all samples at one of `times`, and with the text of `told`; of a conditioning it
-    reads the text's mask and the known latents.
-    """
-
-    def prepare(t: Array) -> Prepared:
-        many = jnp.broadcast_to(t, told.text.shape[:1])
-        scales = _scales(guidance, many)
-        return network(params, many, told.text, told.text_mask, told.pooled, guidance=scales, method="prepare")
-
-    steps = jax.lax.map(prepare, times, batch_size=TIMES_AT_ONCE)
-
-    def velocity(x: Latents, t: Times, cond: conditioning_lib.Conditioning) -> Latents:
-        now = jax.tree.map(lambda values: values[jnp.argmax(times == t[0])], steps)
-        inputs, known = _inputs(network, x, cond)
-        out = network(params, inputs, now, cond.text_mask, known=known, method="evaluate")
-        return _as_velocity(network, x, t, out)
-
-    return velocity
-
-
-def features_fn(
-    network: Network, params: Params, layers: tuple[int, ...], *, guidance: Times | float | None = None
-) -> Callable[..., Float[Array, "k b l d"]]:
-    """The seam to a discriminator: features(x, t, conditioning) -> the video tokens after the blocks `layers`.
-
-    It takes what a velocity takes; `MMDiT.__call__` says how blocks are numbered.
-    """
-    call = _seam(network, params, guidance, tuple(layers))
-    return lambda x, t, cond: call(x, t, cond)[1]
-
-
-def _seam(network: Network, params: Params, guidance: Any, intermediates: bool | tuple[int, ...]) -> Callable:
-    """(x, t, conditioning) -> what the network returns on inputs in the form that its config asks for."""
-
-    def call(x: Latents, t: Times, cond: conditioning_lib.Conditioning) -> Any:
-        inputs, known = _inputs(network, x, cond)
-        options = {"guidance": _scales(guidance, t), "known": known, "intermediates": intermediates}
-        return network(params, inputs, t, cond.text, cond.text_mask, cond.pooled, **options)
-
-    return call
-
-
-def _inputs(network: Network, x: Latents, cond: conditioning_lib.Conditioning) -> tuple[Array, Array | None]:
-    config = network.config
-    inputs = conditioning_lib.model_input(x, cond, known=config.known, hold=config.hold_known)
-    return inputs, cond.mask if config.known == "replace" else None
-
-
-def _scales(guidance: Times | float | None, t: Times) -> Times | None:
-    return None if guidance is None else jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), t.shape)
-
-
-def _as_velocity(network: Network, x: Latents, t: Times, out: Latents) -> Latents:
-    return flow.velocity_from_sample(x, t, out) if network.config.prediction == "sample" else out

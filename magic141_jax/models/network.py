@@ -93,7 +93,7 @@ def apart(params: Params) -> Params:
 
 
 def scan(
-    body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]], carry: Any, layers: nnx.State, others: Any = None
+    body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]], carry: Any, layers: nnx.State, *, others: Any = None
 ) -> tuple[Any, Any]:
     """`jax.lax.scan(body, carry, (layers, others))`, and the same loop over layers that lie `apart`, written out."""
 

@@ -23,9 +23,9 @@ from magic141_jax import sharding
 from magic141_jax.diffusion import flow, timesteps
 from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.errors import UserError
-from magic141_jax.models.mmdit import velocity_fn
 from magic141_jax.models.network import Network
 from magic141_jax.models.probes import square_sums
+from magic141_jax.models.seam import velocity_fn
 from magic141_jax.pipelines.engine import IMAGE_PURPOSE
 from magic141_jax.pipelines.image_to_video import FIRST_WINDOW
 from magic141_jax.pipelines.options import as_prompts, resolve

@@ -33,9 +33,9 @@ from magic141_jax.diffusion import conditioning, flow, guidance, samplers, times
 from magic141_jax.diffusion.conditioning import Conditioning, LatentMask
 from magic141_jax.errors import UserError
 from magic141_jax.models import lora
-from magic141_jax.models.mmdit import walk_fn
 from magic141_jax.models.network import Network, apart
 from magic141_jax.models.resident import Held, taken
+from magic141_jax.models.seam import walk_fn
 from magic141_jax.models.text import TextStates
 from magic141_jax.models.vae import latent_frames
 from magic141_jax.pipelines import window

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from magic141_jax.diffusion import flow, samplers, timesteps
 from magic141_jax.diffusion.timesteps import TimeDensity
-from magic141_jax.models import mmdit
+from magic141_jax.models import seam
 from magic141_jax.models.network import Network
 from magic141_jax.pytree import Params
 from magic141_jax.shapes import Latents
@@ -101,7 +101,7 @@ class FlowMatching:
         student, shape = params[STUDENT], record["latents"].shape
         cond = self.conditioner.clean(student.get("image_encoder"), record, known)
         times = timesteps.grid(SAMPLING_STEPS, self.config.video_time.shift)
-        velocity = mmdit.velocity_fn(self.transformer, student["transformer"])
+        velocity = seam.velocity_fn(self.transformer, student["transformer"])
         return samplers.sample(velocity, cond, flow.draw_noise(key, shape), times, keep=keep)
 
     def losses(
@@ -146,7 +146,7 @@ class FlowMatching:
         if self.transformer.config.prediction == "sample":
             t = jnp.maximum(t, MINIMUM_TIME)
         noise = flow.draw_noise(noise_key, latents.shape)
-        velocity = mmdit.velocity_fn(self.transformer, student["transformer"])
+        velocity = seam.velocity_fn(self.transformer, student["transformer"])
         predicted = velocity(flow.interpolate(latents, noise, t), t, cond)
         squared = (predicted.astype(jnp.float32) - flow.velocity_target(latents, noise)) ** 2
         unknown = 1 - cond.mask

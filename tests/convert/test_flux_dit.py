@@ -13,8 +13,9 @@ from magic141_jax.diffusion import samplers
 from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.diffusion.timesteps import grid
 from magic141_jax.errors import UserError
-from magic141_jax.models.mmdit import MMDiT, MMDiTConfig, debug, flux_12b, velocity_fn
+from magic141_jax.models.mmdit import MMDiT, MMDiTConfig, debug, flux_12b
 from magic141_jax.models.network import Network
+from magic141_jax.models.seam import velocity_fn
 from magic141_jax.pytree import count
 
 VARIANTS = {"schnell": False, "dev": True}

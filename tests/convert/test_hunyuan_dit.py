@@ -8,8 +8,9 @@ from magic141_jax.convert import hunyuan_dit
 from magic141_jax.convert.engine import from_ours, to_ours
 from magic141_jax.diffusion import conditioning, samplers, timesteps
 from magic141_jax.errors import UserError
-from magic141_jax.models.mmdit import MMDiT, debug, velocity_fn
+from magic141_jax.models.mmdit import MMDiT, debug
 from magic141_jax.models.network import Network
+from magic141_jax.models.seam import velocity_fn
 
 VARIANTS = {
     "text-to-video": {"in_channels": 16, "guidance_embeds": True, "image_condition_type": None},

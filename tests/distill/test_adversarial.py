@@ -22,8 +22,9 @@ from magic141_jax.distill.adversarial import (
 from magic141_jax.distill.roles import STUDENT, TEACHER, Backbone, RolesConfig
 from magic141_jax.models import SHARDING_RULES, mmdit
 from magic141_jax.models.discriminator import FeatureHeads, FeatureHeadsConfig, sample_logits
-from magic141_jax.models.mmdit import MMDiT, features_fn
+from magic141_jax.models.mmdit import MMDiT
 from magic141_jax.models.network import Network
+from magic141_jax.models.seam import features_fn
 from magic141_jax.train.adversarial import ADVERSARIAL_LOSSES
 from magic141_jax.train.conditioner import ConditioningConfig
 

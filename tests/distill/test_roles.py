@@ -13,7 +13,7 @@ from magic141_jax.distill.roles import FAKE, STUDENT, TEACHER, Backbone, RolesCo
 from magic141_jax.distill.rollout import WalkConfig
 from magic141_jax.distill.trajectory import Trajectory, TrajectoryConfig
 from magic141_jax.errors import UserError
-from magic141_jax.models import mmdit
+from magic141_jax.models import seam
 from magic141_jax.pytree import flatten, require_match
 from magic141_jax.sparsity import structured
 from magic141_jax.train.conditioner import ConditioningConfig
@@ -52,7 +52,7 @@ def test_roles_start_as_the_teacher_and_leave_it_when_trained(toys, layout):
     assert np.abs(moved[STUDENT] - v[STUDENT]).max() > 1e-2
     np.testing.assert_array_equal(moved[TEACHER], v[TEACHER])
     _, config, transformer = made.components(params)["transformer"]
-    exported = mmdit.velocity_fn(made.network, transformer)
+    exported = seam.velocity_fn(made.network, transformer)
     record = toys.record()
     cond = made.conditioning(params, "video", record, jax.random.key(0))
     again = exported(record["latents"], jnp.array([0.4, 0.9]), cond)

@@ -13,8 +13,9 @@ import pytest
 from magic141_jax import sharding
 from magic141_jax.diffusion import conditioning, flow, guidance
 from magic141_jax.errors import UserError
-from magic141_jax.models.mmdit import SHARDING_RULES, SIZES, MMDiT, debug, features_fn, velocity_fn, walk_fn
+from magic141_jax.models.mmdit import SHARDING_RULES, SIZES, MMDiT, debug
 from magic141_jax.models.network import Network, apart
+from magic141_jax.models.seam import features_fn, velocity_fn, walk_fn
 from magic141_jax.pytree import count, flatten
 
 CONFIG = dataclasses.replace(debug(), double_blocks=2, single_blocks=3)

@@ -130,7 +130,7 @@ def test_a_loop_over_layers_that_lie_apart_is_the_scan_written_out():
         return carry, {"so far": carry}
 
     def run(layers):
-        return scan(body, jnp.ones(2), layers, np.array([1.0, 10.0, 100.0]))
+        return scan(body, jnp.ones(2), layers, others=np.array([1.0, 10.0, 100.0]))
 
     jax.tree.map(np.testing.assert_array_equal, run(state), run(stacked))
     assert "scan" in str(jax.make_jaxpr(lambda: run(stacked))())

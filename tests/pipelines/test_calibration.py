@@ -12,8 +12,9 @@ from magic141_jax.diffusion import conditioning, flow, timesteps
 from magic141_jax.errors import UserError
 from magic141_jax.models import mmdit
 from magic141_jax.models.layers import patchify
-from magic141_jax.models.mmdit import MMDiT, velocity_fn
+from magic141_jax.models.mmdit import MMDiT
 from magic141_jax.models.network import Network
+from magic141_jax.models.seam import velocity_fn
 from magic141_jax.pipelines.calibration import PROMPTS, Measured, examples, norms, read_prompts, sensitivity
 from magic141_jax.pipelines.components import Model
 from magic141_jax.pipelines.engine import Engine

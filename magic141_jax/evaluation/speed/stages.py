@@ -29,8 +29,8 @@ import numpy as np
 from magic141_jax import embedded, flops
 from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.errors import UserError
-from magic141_jax.models.mmdit import velocity_fn
 from magic141_jax.models.network import Network
+from magic141_jax.models.seam import velocity_fn
 from magic141_jax.pipelines.components import CACHE_VARIABLE, Model
 from magic141_jax.pipelines.engine import Stage
 from magic141_jax.pipelines.image_to_video import FIRST_WINDOW
