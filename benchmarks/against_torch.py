@@ -264,7 +264,7 @@ def transformers(case: DiT, torch: Any, *, device: str, dtype: str, modes: Seque
     walk = torch_walk if case.steps else torch_evaluation
     sides = {mode: walk(call, inputs, case, torch, theirs) for mode, call in calls.items()}
     program = jax.jit(functools.partial(jax_walk if case.steps else jax_evaluation, network, case.steps))
-    return with_ours(sides, program, apart(params), inputs)
+    return with_ours(sides, program, (apart(params), inputs), convolves=False)
 
 
 def their_transformer(config: MMDiTConfig, torch: Any, device: str, dtype: str) -> Any:
@@ -435,14 +435,14 @@ def decoders(case: VAE, torch: Any, *, modes: Sequence[str]) -> Race:
     make = functools.partial(finished, torch=torch, channels_first=channels_first)
     sides = {mode: make(functools.partial(call[mode], given)) for mode in modes}
     program = jax.jit(functools.partial(network, method="decode"))
-    return with_ours(sides, program, params, raw)
+    return with_ours(sides, program, (params, raw), convolves=True)
 
 
-def with_ours(sides: dict[str, Callable[[], Any]], function: Any, params: Params, inputs: Any) -> Race:
+def with_ours(sides: dict[str, Callable[[], Any]], function: Any, given: Any, *, convolves: bool) -> Race:
     """The race with a jitted function of ours in it, compiled as pipelines do."""
-    given = jax.device_put((params, inputs))
+    given = jax.device_put(given)
     traced = function.trace(*given)
-    program = compiled(traced.lower())
+    program = compiled(traced.lower(), convolves=convolves)
     return Race(sides | {OURS: lambda: program(*given)}, flops.count(traced.jaxpr))
 
 

@@ -61,7 +61,7 @@ class Stage:
     not there to stay are fetched for each call, which counts as "move".
 
     `donate` are the arrays, by number, whose memory the results may take. With `wait` false a call returns as soon as
-    its program is started; whoever reads the results waits for them.
+    its program is started; whoever reads the results waits for them. `convolves` is that of `compiled`.
     """
 
     def __init__(
@@ -73,10 +73,11 @@ class Stage:
         mesh: jax.sharding.Mesh | None = None,
         donate: Sequence[int] = (),
         wait: bool = True,
+        convolves: bool = False,
     ) -> None:
         self._function, self._seconds = sharding.over(mesh, function), seconds
         self._params = params if callable(params) else apart(params)
-        self._mesh, self._wait = mesh, wait
+        self._mesh, self._wait, self._convolves = mesh, wait, convolves
         self._donate = tuple(1 + number for number in donate)  # behind the parameters
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
@@ -89,7 +90,7 @@ class Stage:
         if key not in self._compiled:
             start = time.perf_counter()
             program = jax.jit(functools.partial(self._function, **static), donate_argnums=self._donate)
-            self._compiled[key] = compiled(program.lower(params, *arrays))
+            self._compiled[key] = compiled(program.lower(params, *arrays), convolves=self._convolves)
             self._seconds["compile"] += time.perf_counter() - start
         with clock(self._seconds, label):
             made = self._compiled[key](params, *arrays)
@@ -102,12 +103,13 @@ class Stage:
             return jax.block_until_ready(taken(self._params))
 
 
-def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles a program; one with convolutions runs a quarter faster on two CPU cores if these are Eigen's.
+def compiled(lowered: jax.stages.Lowered, *, convolves: bool) -> jax.stages.Compiled:
+    """Compiles a program; on a CPU one whose time goes into convolutions with Eigen's, which are a quarter faster.
 
-    XLA gives them to YNNPACK unless told otherwise, by an option that other versions may not know.
+    XLA gives them to YNNPACK unless told otherwise, by an option that other versions may not know, and with them all
+    products of matrices, for which YNNPACK is better where they are large.
     """
-    if sharding.platform() == "cpu":
+    if convolves and sharding.platform() == "cpu":
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             return lowered.compile({"xla_cpu_experimental_ynn_fusion_type": ""})
     return lowered.compile()
@@ -125,8 +127,8 @@ class Engine:
         self.components, self._make = components, stage
         self.seconds: collections.Counter[str] = collections.Counter()
         self._denoise = self._stage(_denoise, components.transformer)
-        self._encode_known = self._stage(_encode_known, components.vae)
-        self._decode = self._stage(_decode, components.vae)
+        self._encode_known = self._stage(_encode_known, components.vae, convolves=True)
+        self._decode = self._stage(_decode, components.vae, convolves=True)
         seeing = components.image_encoder
         self._image_tokens = None if seeing is None else self._stage(_prepend_image_tokens, seeing)
         going_on = functools.partial(_denoise, sink=True)
@@ -301,9 +303,9 @@ class Engine:
         function = functools.partial(_window, networks)
         return self._make(function, params, self.seconds, mesh=self.components.mesh, donate=[0], wait=False)
 
-    def _stage(self, function: Callable[..., Any], model: Model) -> Stage:
+    def _stage(self, function: Callable[..., Any], model: Model, *, convolves: bool = False) -> Stage:
         bound = functools.partial(function, model.network)
-        return self._make(bound, model.params, self.seconds, mesh=self.components.mesh)
+        return self._make(bound, model.params, self.seconds, mesh=self.components.mesh, convolves=convolves)
 
 
 @contextlib.contextmanager
