@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from magic141_jax import sharding
-from magic141_jax.diffusion import conditioning, flow, guidance
+from magic141_jax.diffusion import conditioning
 from magic141_jax.errors import UserError
 from magic141_jax.models.mmdit import SHARDING_RULES, SIZES, MMDiT, debug
 from magic141_jax.models.network import Network, apart
-from magic141_jax.models.seam import features_fn, velocity_fn, walk_fn
+from magic141_jax.models.seam import velocity_fn
 from magic141_jax.pytree import count, flatten
 
 CONFIG = dataclasses.replace(debug(), double_blocks=2, single_blocks=3)
@@ -258,51 +258,6 @@ def test_without_refiner_blocks_text_enters_through_a_linear_map():
     np.testing.assert_allclose(names["text_in"], np.asarray(text) @ project["kernel"] + project["bias"], atol=1e-5)
     garbage = jnp.where(mask[:, :, None], text, 1e3)
     np.testing.assert_allclose(net(params, x, t, garbage, mask, pooled), out, atol=1e-5)
-
-
-def test_velocity_functions_of_both_predictions_agree(network, apply, params):
-    """A network that predicts x0 gives the velocity that leads from x to its output."""
-    x, t, text, mask, pooled = inputs(channels=4)
-    known, known_mask = conditioning.known_latents(x, 1, 2)
-    cond = conditioning.Conditioning(
-        text=text, text_mask=mask, pooled=pooled, known=known, mask=known_mask, image_tokens=0
-    )
-    out = jax.jit(velocity_fn(network, params))(x, t, cond)
-    np.testing.assert_allclose(
-        out, apply(params, jnp.concatenate([x, known, known_mask], -1), t, text, mask, pooled), atol=2e-5
-    )
-    sample = Network.create(MMDiT, dataclasses.replace(CONFIG, prediction="sample"))
-    velocity = jax.jit(velocity_fn(sample, params))(x, t, cond)
-    np.testing.assert_allclose(flow.sample_from_velocity(x, t, velocity), out, atol=1e-4)
-    whole = jnp.concatenate([x, known, known_mask], -1)
-    _, names = jax.jit(lambda p: network(p, whole, t, text, mask, pooled, intermediates=True))(params)
-    features = jax.jit(features_fn(network, params, (4, 0)))(x, t, cond)
-    np.testing.assert_allclose(features[0], names["single_blocks"][2][:, :8], atol=1e-5)
-    np.testing.assert_allclose(features[1], names["double_blocks.video"][0], atol=1e-5)
-
-
-@pytest.mark.parametrize("fields", [{}, {"known": "replace", "in_channels": 4, "guidance_embedding": True}])
-def test_a_walk_prepared_at_once_has_the_velocities_of_its_times(fields):
-    """Over 9 times, more than are prepared in one batch, and through both branches of guidance."""
-    network = Network.create(MMDiT, dataclasses.replace(CONFIG, prediction="sample", **fields))
-    params, embedded = random_params(network), 3.0 if fields else None
-    x, _, text, mask, pooled = inputs(channels=4)
-    cond = conditioning.Conditioning(text, mask, pooled, *conditioning.known_latents(x[::-1], 1, 2))
-    negative = dataclasses.replace(cond, text=-text, pooled=-pooled)
-    times = jnp.linspace(1, 0.1, 9)
-
-    def walked(params):
-        velocity = walk_fn(network, params, guidance.joined(cond, negative), times, guidance=embedded)
-        velocity = guidance.guided(velocity, negative, 2.0)
-        return jax.lax.map(lambda t: velocity(x, jnp.full(2, t), cond), times)
-
-    def one_by_one(params):
-        velocity = guidance.guided(velocity_fn(network, params, guidance=embedded), negative, 2.0)
-        return jax.lax.map(lambda t: velocity(x, jnp.full(2, t), cond), times)
-
-    made, wanted = jax.jit(walked)(params), jax.jit(one_by_one)(params)
-    assert jnp.abs(wanted[1:] - wanted[:-1]).max() > 0.1, "times matter"
-    np.testing.assert_allclose(made, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
