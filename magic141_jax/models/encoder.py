@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 from magic141_jax.errors import UserError
 from magic141_jax.models.attention import attention, causal_mask
 from magic141_jax.models.layers import Linear
-from magic141_jax.models.network import scan
+from magic141_jax.models.network import through
 
 # For a network whose `encoder` is an `Encoder`; axes are those of the last dimensions, so layers stay whole.
 SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -103,13 +103,7 @@ class Encoder(nnx.Module):
 
     def __call__(self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> Float[Array, "b s d"]:
         """Tokens -> tokens; where `mask` is False a token is seen by no other."""
-        graphdef, stacked = nnx.split(self.layers)
-        seen = causal_mask(mask) if self.config.causal else mask
-
-        def step(x: Array, layer: tuple[nnx.State, None]) -> tuple[Array, None]:
-            return nnx.merge(graphdef, layer[0])(x, seen), None
-
-        return scan(step, x, stacked)[0]
+        return through(self.layers, x, causal_mask(mask) if self.config.causal else mask)
 
 
 def affine_norm(width: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:

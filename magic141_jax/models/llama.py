@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from magic141_jax.errors import UserError
 from magic141_jax.models import layers as nn
 from magic141_jax.models.attention import attention, causal_mask
+from magic141_jax.models.network import through
 from magic141_jax.shapes import TokenIds, TokenMask, Tokens
 
 
@@ -114,14 +115,7 @@ class Llama(nnx.Module):
 
     def run(self, x: Tokens, mask: TokenMask) -> Tokens:
         """Embedded tokens (b, s, d) -> states (b, s, d) float32."""
-        rope = rope_tables(positions(mask), self.config)
-        seen = causal_mask(mask)
-        graphdef, stacked = nnx.split(self.layers)
-
-        def step(x: Array, layer: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graphdef, layer)(x, rope, seen), None
-
-        x, _ = jax.lax.scan(step, x, stacked)
+        x = through(self.layers, x, rope_tables(positions(mask), self.config), causal_mask(mask))
         if self.final_scale is not None:
             x = _norm(x, self.final_scale, self.config)
         return x.astype(jnp.float32)

@@ -111,6 +111,16 @@ def scan(
     return carry, jax.tree.map(lambda *x: jax.numpy.stack(x), *outputs)
 
 
+def through(layers: nnx.Module, x: jax.Array, *others: Any) -> jax.Array:
+    """x through stacked layers, one after the other, each called as layer(x, *others) -> x."""
+    graphdef, stacked = nnx.split(layers)
+
+    def step(x: jax.Array, inputs: tuple[nnx.State, None]) -> tuple[jax.Array, None]:
+        return nnx.merge(graphdef, inputs[0])(x, *others), None
+
+    return scan(step, x, stacked)[0]
+
+
 def _on_one_cpu(array: jax.Array) -> bool:
     return [device.platform for device in array.devices()] == ["cpu"]
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from magic141_jax.errors import UserError
 from magic141_jax.models.layers import Linear
+from magic141_jax.models.network import through
 from magic141_jax.shapes import TokenIds, TokenMask, Tokens
 
 SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -111,12 +112,7 @@ class T5(nnx.Module):
         buckets = distance_buckets(places[None, :] - places[:, None], self.config)
         bias = self.distance(jnp.asarray(buckets)).astype(jnp.float32).transpose(2, 0, 1)[None]
         mask = None if mask is None else mask[:, None, None, :]
-        graphdef, stacked = nnx.split(self.layers)
-
-        def step(x: Array, layer: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graphdef, layer)(x, bias, mask), None
-
-        return self.final_norm(jax.lax.scan(step, x, stacked)[0])
+        return self.final_norm(through(self.layers, x, bias, mask))
 
 
 def rms_norm(config: T5Config, *, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -75,8 +75,7 @@ class Stage:
         wait: bool = True,
         convolves: bool = False,
     ) -> None:
-        self._function, self._seconds = sharding.over(mesh, function), seconds
-        self._params = params if callable(params) else apart(params)
+        self._function, self._params, self._seconds = sharding.over(mesh, function), params, seconds
         self._mesh, self._wait, self._convolves = mesh, wait, convolves
         self._donate = tuple(1 + number for number in donate)  # behind the parameters
         self._compiled: dict[Any, Callable[..., Any]] = {}
@@ -96,9 +95,14 @@ class Stage:
             made = self._compiled[key](params, *arrays)
             return jax.block_until_ready(made) if self._wait else made
 
+    @functools.cached_property
+    def _laid(self) -> Params:
+        """Parameters that are there to stay, as programs take them; of a stage that is never called not laid at all."""
+        return apart(taken(self._params))
+
     def _taken(self) -> Params:
         if not callable(self._params):
-            return self._params
+            return self._laid
         with clock(self._seconds, "move"):
             return jax.block_until_ready(taken(self._params))
 

@@ -193,7 +193,6 @@ def test_program_size_does_not_grow_with_depth(intermediates):
     assert size(8) == size(2)
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("intermediates", [False, True, (1, 3)])
 def test_layers_that_lie_apart_give_the_same_numbers(network, params, intermediates):
     def forward(params):
@@ -206,6 +205,7 @@ def test_layers_that_lie_apart_give_the_same_numbers(network, params, intermedia
     jax.tree.map(close, *(jax.jit(forward)(p) for p in (laid, params)))
 
 
+@pytest.mark.heavy
 def test_recomputation_leaves_gradients_alone(params):
     def gradients(remat):
         net = Network.create(MMDiT, dataclasses.replace(CONFIG, remat=remat))

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from magic141_jax import weights
-from magic141_jax.models.network import Network, apart, scan
+from magic141_jax.models.network import Network, apart, scan, through
 from magic141_jax.pytree import count, flatten
 from magic141_jax.sharding import make_mesh, replicated
 
@@ -37,8 +37,7 @@ class Toy(nnx.Module):
         self.blocks = nnx.List([nnx.Linear(config.width, 1, rngs=rngs), nnx.Linear(config.width, 1, rngs=rngs)])
 
     def __call__(self, x, scale=1.0):
-        graphdef, state = nnx.split(self.layers)
-        x, _ = scan(lambda x, layer: (nnx.merge(graphdef, layer[0])(x), None), self.first(x), state)
+        x = through(self.layers, self.first(x))
         return scale * (self.blocks[0](x) + self.blocks[1](x))
 
     def double(self, x):
