@@ -75,7 +75,8 @@ class Stage:
         wait: bool = True,
         convolves: bool = False,
     ) -> None:
-        self._function, self._params, self._seconds = sharding.over(mesh, function), params, seconds
+        self._function, self._seconds = sharding.over(mesh, function), seconds
+        self._params = params if callable(params) else apart(params)
         self._mesh, self._wait, self._convolves = mesh, wait, convolves
         self._donate = tuple(1 + number for number in donate)  # behind the parameters
         self._compiled: dict[Any, Callable[..., Any]] = {}
@@ -95,14 +96,9 @@ class Stage:
             made = self._compiled[key](params, *arrays)
             return jax.block_until_ready(made) if self._wait else made
 
-    @functools.cached_property
-    def _laid(self) -> Params:
-        """Parameters that are there to stay, as programs take them; of a stage that is never called not laid at all."""
-        return apart(taken(self._params))
-
     def _taken(self) -> Params:
         if not callable(self._params):
-            return self._laid
+            return self._params
         with clock(self._seconds, "move"):
             return jax.block_until_ready(taken(self._params))
 
@@ -135,10 +131,14 @@ class Engine:
         self._decode = self._stage(_decode, components.vae, convolves=True)
         seeing = components.image_encoder
         self._image_tokens = None if seeing is None else self._stage(_prepend_image_tokens, seeing)
-        going_on = functools.partial(_denoise, sink=True)
-        self._continue = self._stage(going_on, components.continuation or components.transformer)
         self._window = self._fused_window()
         self._text_sizes: set[int] = set()
+
+    @functools.cached_property
+    def _continue(self) -> Stage:
+        """Denoises behind a sink where a window is several programs, which is seldom."""
+        going_on = functools.partial(_denoise, sink=True)
+        return self._stage(going_on, self.components.continuation or self.components.transformer)
 
     @property
     def runs_ahead(self) -> bool:
