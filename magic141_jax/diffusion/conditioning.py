@@ -40,15 +40,16 @@ Known = Literal["none", "channels", "replace"]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("text", "text_mask", "pooled", "known", "mask"),
-    meta_fields=("image_tokens",),
+    meta_fields=("image_tokens", "sink"),
 )
 @dataclasses.dataclass(frozen=True)
 class Conditioning:
-    """Everything that a velocity depends on besides (x, t). A pytree; `image_tokens` is static.
+    """Everything that a velocity depends on besides (x, t). A pytree; `image_tokens` and `sink` are static.
 
     text (b, s, e): image tokens first, then text tokens; text_mask (b, s): true where a token counts;
     pooled (b, p); known (b, f, h, w, c): zero where unknown; mask (b, f, h, w, 1): one where known;
-    image_tokens: how many of the s tokens are image tokens.
+    image_tokens: how many of the s tokens are image tokens;
+    sink: whether the first known latent frame is a given picture's, from long before those that follow it.
     """
 
     text: jax.Array
@@ -57,6 +58,7 @@ class Conditioning:
     known: jax.Array
     mask: jax.Array
     image_tokens: int = 0
+    sink: bool = False
 
 
 Velocity = Callable[[Latents, Times, Conditioning], Latents]
@@ -97,7 +99,8 @@ def model_input(
     Known latents in the place of x are clean at every time of a walk, whatever the walk did to x there.
 
     With `hold` the unknown frames carry the last known one where the published layout has zeros, as Stable Video
-    Diffusion (arXiv 2311.15127) repeats its image: what stays where it is needs no attention to be copied.
+    Diffusion (arXiv 2311.15127) repeats its image: what stays where it is needs no attention to be copied. Behind a
+    sink they carry the sink: how things look is to be taken from it, and from the others only where they are.
     """
     if known != "channels":
         return keep_known(x, cond) if known == "replace" else x
@@ -105,7 +108,7 @@ def model_input(
     if hold:
         count = (cond.mask[:, :, :1, :1] > 0).sum(axis=1, keepdims=True)
         last = jnp.take_along_axis(held, jnp.maximum(count - 1, 0), axis=1)
-        held = jnp.where(cond.mask > 0, held, last)
+        held = jnp.where(cond.mask > 0, held, held[:, :1] if cond.sink else last)
     return jnp.concatenate([x, held.astype(x.dtype), cond.mask.astype(x.dtype)], axis=-1)
 
 
@@ -135,17 +138,15 @@ def keep_known(x: Latents, cond: Conditioning) -> Latents:
     return jnp.where(cond.mask > 0, cond.known.astype(x.dtype), x)
 
 
-def noise_known(
-    cond: Conditioning, key: jax.Array, level: float | Float[Array, " b"], *, sink: bool = False
-) -> Conditioning:
+def noise_known(cond: Conditioning, key: jax.Array, level: float | Float[Array, " b"]) -> Conditioning:
     """History noise: known' = (1 - level) known + level eps where the mask is one; the rest stays zero.
 
-    `level` in [0, 1] is one number or one per sample; `key` is one key or one per sample (`flow.draw_noise`). With
-    `sink` the first latent frame stays clean: it is a given picture's, and no history.
+    `level` in [0, 1] is one number or one per sample; `key` is one key or one per sample (`flow.draw_noise`). A
+    sink stays clean: it is a given picture's, and no history.
     """
     eps = flow.draw_noise(key, cond.known.shape, cond.known.dtype)
     level = jnp.asarray(level, cond.known.dtype)
     noised = jnp.where(cond.mask > 0, flow.interpolate(cond.known, eps, level), 0)
-    if sink:
+    if cond.sink:
         noised = jnp.concatenate([cond.known[:, :1], noised[:, 1:]], axis=1)
     return dataclasses.replace(cond, known=noised)

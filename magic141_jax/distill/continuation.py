@@ -113,6 +113,7 @@ class Continuation(Distillation):
         told = {**record, "latents": data[:, : config.frames]}
         known = jnp.full(batch, config.overlap)
         cond = conditioner.condition(params[TEACHER].get("image_encoder"), told, text_key, known, image_tokens=True)
+        cond = dataclasses.replace(cond, sink=True)
         velocity = self.backbone.velocity(params, STUDENT, trained=True)
 
         def window(history: Latents, inputs: tuple[jax.Array, jax.Array]) -> tuple[Latents, Float[Array, " b"]]:
@@ -121,7 +122,7 @@ class Continuation(Distillation):
             clean = jax.lax.dynamic_slice_in_dim(chain, first, config.frames - 1, axis=1)
             clean = jnp.concatenate([sink, clean], axis=1)
             shown = jnp.concatenate([sink, history], axis=1)
-            seen = conditioner.noise_history(conditioning.with_known(cond, shown), history_key, sink=True)
+            seen = conditioner.noise_history(conditioning.with_known(cond, shown), history_key)
             t = config.walk.times[jax.random.randint(time_key, (batch,), 0, config.walk.steps)]
             x = flow.interpolate(clean, flow.draw_noise(noise_key, clean.shape), t)
             made = velocity(x, t, seen).astype(jnp.float32)

@@ -283,7 +283,7 @@ class Stream(nnx.Module):
 
     def mlp(self, x: Array) -> Array:
         """x (b, j, d) -> (b, j, d)."""
-        return self.mlp_down(jax.nn.gelu(self.mlp_up(x), approximate=True))
+        return self.mlp_down(nn.gelu(self.mlp_up(x)))
 
     def attend(self, qk: Array, v: Array, context: Context) -> Array:
         """Joint attention over j tokens: q and k (b, j, n, 2, k), v (b, j, n, k) -> (b, j, n * k)."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -354,7 +355,7 @@ def _denoise(
 ) -> Latents:
     if sink:
         params = lora.scaled(params, walk.adapter)
-    cond, keys = walk.cond, jax.vmap(_keys)(walk.draws)
+    cond, keys = dataclasses.replace(walk.cond, sink=sink), jax.vmap(_keys)(walk.draws)
     noise = flow.draw_noise(keys[:, 0], cond.known.shape) if walk.noise is None else walk.noise
     if image_share:
         noise = flow.interpolate(cond.known[:, :1], noise, 1 - image_share)
@@ -365,7 +366,7 @@ def _denoise(
     velocity = walk_fn(network, params, told, walk.times[:-1], guidance=embedded)
     if negative is not None:
         velocity = guidance.guided(velocity, negative, scale)
-    seen = conditioning.noise_known(cond, keys[:, 1], walk.history_noise, sink=sink)
+    seen = conditioning.noise_known(cond, keys[:, 1], walk.history_noise)
     return samplers.sample(
         lambda x, t, _: velocity(x, t, seen),
         cond,

@@ -32,12 +32,13 @@ class ConditioningConfig:
     Attributes:
       known_frames: probabilities of 0, 1, 2, ... known leading latent frames of a video; 0 is text to video.
       history_noise_probability: how often the known frames are noised.
-      history_noise_max: their noise level is then drawn from U[0, this].
+      history_noise_min, history_noise_max: their noise level is then drawn from U[min, max].
       caption_dropout: how often the caption is replaced by the empty one.
     """
 
     known_frames: tuple[float, ...] = (0.0, 0.6, 0.4)
     history_noise_probability: float = 0.5
+    history_noise_min: float = 0.0
     history_noise_max: float = 0.2
     caption_dropout: float = 0.1
 
@@ -47,6 +48,11 @@ class ConditioningConfig:
         for name in ("history_noise_probability", "history_noise_max", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if not 0 <= self.history_noise_min <= self.history_noise_max:
+            raise ValueError(
+                "history_noise_min must be between 0 and history_noise_max, got"
+                f" {self.history_noise_min} and {self.history_noise_max}"
+            )
 
     def shown(self, frames: int) -> int:
         """How many of `frames` latent frames are known where samples are looked at: the first, if any ever is."""
@@ -140,13 +146,14 @@ class Conditioner:
         null = self.null_text
         return conditioning.replace_text(cond, null.text[None], null.text_mask[None], null.pooled[None])
 
-    def noise_history(self, cond: Conditioning, key: jax.Array, *, sink: bool = False) -> Conditioning:
+    def noise_history(self, cond: Conditioning, key: jax.Array) -> Conditioning:
         """The conditioning with history noise on known frames, at random (`conditioning.noise_known`)."""
         chance_key, level_key, noise_key = jax.random.split(key, 3)
         batch = cond.known.shape[:1]
         noised = jax.random.bernoulli(chance_key, self.config.history_noise_probability, batch)
-        level: Times = noised * jax.random.uniform(level_key, batch, maxval=self.config.history_noise_max)
-        return conditioning.noise_known(cond, noise_key, level, sink=sink)
+        limits = {"minval": self.config.history_noise_min, "maxval": self.config.history_noise_max}
+        level: Times = noised * jax.random.uniform(level_key, batch, **limits)
+        return conditioning.noise_known(cond, noise_key, level)
 
 
 def as_float(pixels: jax.Array) -> Images:

@@ -63,6 +63,9 @@ def test_held_frames_repeat_the_last_known_one():
     assert not held[0].any()
     np.testing.assert_array_equal(held[1], jnp.repeat(latents[1, :1], 4, axis=0))
     np.testing.assert_array_equal(held[2], latents[2, jnp.array([0, 1, 2, 2])])
+    behind = model_input(jnp.zeros_like(latents), dataclasses.replace(cond, sink=True), hold=True)[..., 5:10]
+    np.testing.assert_array_equal(behind[:2], held[:2])
+    np.testing.assert_array_equal(behind[2], latents[2, jnp.array([0, 1, 2, 0])], "a sink instead")
 
 
 def test_model_input_layout():
@@ -109,7 +112,7 @@ def test_history_noise_touches_only_known_frames():
     levels = noise_known(cond, key, jnp.array([0.5, 0.0, 0.1])).known
     np.testing.assert_array_equal(levels[1], cond.known[1])
     np.testing.assert_array_equal(levels[2], noised.known[2])
-    sink = noise_known(cond, key, 0.1, sink=True).known
+    sink = noise_known(dataclasses.replace(cond, sink=True), key, 0.1).known
     np.testing.assert_array_equal(sink[:, :1], cond.known[:, :1], "a given picture is no history")
     np.testing.assert_array_equal(sink[:, 1:], noised.known[:, 1:])
 

@@ -81,3 +81,30 @@ def test_stacked_linear_starts_with_the_variance_of_a_single_one():
     stacked = layers.Linear(256, 64, layers=3, rngs=nnx.Rngs(0))
     deviations = np.asarray(stacked.kernel[...]).std(axis=(1, 2))
     np.testing.assert_allclose(deviations, 256**-0.5, rtol=0.05)
+
+
+def test_gelu_and_its_slopes_are_those_of_the_tanh_form_and_one_array_is_kept():
+    x = jnp.linspace(-6, 6, 101)
+    ours, theirs = layers.gelu, lambda x: jax.nn.gelu(x, approximate=True)
+    for _ in range(3):
+        np.testing.assert_allclose(jax.vmap(ours)(x), jax.vmap(theirs)(x), atol=2e-6)
+        ours, theirs = jax.grad(ours), jax.grad(theirs)
+    kept = jax.tree.leaves(jax.vjp(layers.gelu, x)[1])
+    assert [leaf.shape for leaf in kept if leaf.size > 1] == [x.shape]
+
+
+def test_bfloat16_products_on_a_cpu_end_in_float32_forward_and_backward():
+    x, w, dy = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((2, 5, 8), (8, 6), (2, 5, 6))))
+
+    def gradients(x, w, dy):
+        y, back = jax.vjp(layers.product, x, w)
+        return y, *back(dy)
+
+    exact = gradients(x, w, dy)
+    halves = [a.astype(jnp.bfloat16) for a in (x, w, dy)]
+    for ours, true in zip(gradients(*halves), exact):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours.astype(jnp.float32), true, atol=0.02 * float(jnp.abs(true).max()))
+    program = jax.jit(gradients).lower(*halves).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(products) == 3 and all(line.count("bf16>") == 2 and line.endswith("xf32>") for line in products)

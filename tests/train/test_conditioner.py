@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magic141_jax.diffusion import conditioning
 from magic141_jax.diffusion.guidance import branches
 from magic141_jax.models.image_encoder import ImageEncoder, ImageEncoderConfig
 from magic141_jax.models.network import Network
@@ -73,6 +74,9 @@ def test_history_noise_touches_known_frames_only():
     changed = np.asarray(jnp.abs(noised.known - clean.known).max((2, 3, 4)) > 0)
     np.testing.assert_array_equal(changed, np.asarray(clean.mask[:, :, 0, 0, 0] > 0))
     assert clean.text_mask[0, : clean.image_tokens].sum() == 0 and clean.text_mask[1].all()
+    narrow = conditioner(history_noise_probability=1.0, history_noise_min=0.5, history_noise_max=0.5)
+    at_half = conditioning.noise_known(clean, jax.random.split(jax.random.key(1), 3)[2], 0.5)
+    np.testing.assert_allclose(narrow.noise_history(clean, jax.random.key(1)).known, at_half.known, rtol=1e-6)
 
 
 def test_the_negative_branch_keeps_the_picture():
@@ -103,6 +107,8 @@ def test_bad_probabilities_are_refused():
         ConditioningConfig(known_frames=(0.5, 0.6))
     with pytest.raises(ValueError, match="caption_dropout must be between"):
         ConditioningConfig(caption_dropout=2.0)
+    with pytest.raises(ValueError, match="history_noise_min must be between 0 and history_noise_max"):
+        ConditioningConfig(history_noise_min=0.3, history_noise_max=0.2)
 
 
 def test_samples_are_shown_with_the_first_frame_if_one_is_ever_known():
