@@ -106,6 +106,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--image", type=Path, help="the first frame; made from the prompt unless given")
     add("--duration", type=float, help="seconds of video; one window unless given")
     add("--match_colors", type=float, default=0.0, help="0 to 1: holds border colours over a long video's windows")
+    add("--refresh", type=float, help="0 to 1: the time from which the prompt draws anew what each window starts from")
     add("--blend", action="store_true", help="fades from window to window of a long video")
     add("--steps", type=int, help="sampling steps; as the weights were made for unless given, as below")
     add("--guidance", type=float, help="guidance scale; 1 is none, and twice as fast")
@@ -162,6 +163,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "num_frames": args.num_frames,
         "match_colors": args.match_colors,
+        "refresh": args.refresh,
         "blend": args.blend,
     }
     if args.size is not None:

@@ -58,7 +58,8 @@ Dtype = Literal["float32", "bfloat16"]
 class SamplingSettings:
     """How a set of weights is meant to be sampled: sizes in pixels, clip length in frames, the walk.
 
-    `overlap_latents` latent frames of a window are known to the next one in a long video, noised by `history_noise`.
+    `overlap_latents` latent frames of a window are known to the next one in a long video, noised by `history_noise`,
+    or drawn anew from the time `refresh` on.
 
     What published weights need besides, each from diffusers' pipeline of the same name:
 
@@ -80,6 +81,7 @@ class SamplingSettings:
     sampler: Sampler = "euler"
     overlap_latents: int = 1
     history_noise: float = 0.0
+    refresh: float = 0.0
     dynamic_shift: dict[str, float] | None = None
     image_fit: Fit = "cover"
     image_share: float = 0.0
@@ -95,11 +97,16 @@ class Model(NamedTuple):
 
 
 class Continuation(NamedTuple):
-    """What makes all windows but the first: the transformer with an adapter, beside parameters that both share."""
+    """The transformer with an adapter for long videos, beside parameters that both share."""
 
     network: Network
     params: Held
     config: adapters.ContinuationConfig
+
+    @property
+    def redraws(self) -> bool:
+        """Whether it draws what the next window starts from; else it makes all windows but the first."""
+        return self.config.refresh > 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -139,7 +139,18 @@ class Engine:
     def _continue(self) -> Stage:
         """Denoises behind a sink where a window is several programs, which is seldom."""
         going_on = functools.partial(_denoise, sink=True)
-        return self._stage(going_on, self.components.continuation or self.components.transformer)
+        return self._stage(going_on, self._adapters.get("continuation", self.components.transformer))
+
+    @functools.cached_property
+    def _redraw(self) -> Stage:
+        """Draws anew what a window starts from, likewise."""
+        return self._stage(_denoise, self._adapters.get("redrawing", self.components.transformer))
+
+    @property
+    def _adapters(self) -> dict[str, Model]:
+        """The transformer with its adapter for long videos, if it has one, by what that is for."""
+        found = self.components.continuation
+        return {} if found is None else {"redrawing" if found.redraws else "continuation": found}
 
     @property
     def runs_ahead(self) -> bool:
@@ -242,6 +253,7 @@ class Engine:
 
         stages = window.Stages(
             denoise=from_host(self._continue if plan.sink else self._denoise, "video", **static),
+            redraw=lambda walk: from_host(self._redraw, "video", **static)(walk),
             decode=from_host(self._decode, "decode"),
             encode=from_host(self._encode_known, "video", total=total),
             look=from_host(self._image_tokens, "image"),
@@ -298,8 +310,8 @@ class Engine:
 
     def _fused_window(self) -> Stage | None:
         """The program of a window; None where parameters come and go, since it needs all of them at once."""
-        names = ("transformer", "vae", "image_encoder", "continuation")
-        models = {name: getattr(self.components, name) for name in names}
+        names = ("transformer", "vae", "image_encoder")
+        models = {name: getattr(self.components, name) for name in names} | self._adapters
         models = {name: model for name, model in models.items() if model is not None}
         params = {name: model.params for name, model in models.items()}
         if any(map(callable, params.values())):
@@ -330,6 +342,7 @@ class _Walk(NamedTuple):
       draws: (b, 3), (seed, index, purpose) of each sample, used where noise is None.
       history_noise: level of noise on what the network sees of the known latents.
       adapter: behind a sink, how much an adapter of the network counts.
+      start: latents that the walk starts from, noised to its first time; None starts from noise alone.
     """
 
     cond: Conditioning
@@ -340,6 +353,7 @@ class _Walk(NamedTuple):
     guidance_scale: np.float32
     history_noise: np.float32
     adapter: np.float32
+    start: Latents | None = None
 
 
 def _denoise(
@@ -357,6 +371,8 @@ def _denoise(
         params = lora.scaled(params, walk.adapter)
     cond, keys = dataclasses.replace(walk.cond, sink=sink), jax.vmap(_keys)(walk.draws)
     noise = flow.draw_noise(keys[:, 0], cond.known.shape) if walk.noise is None else walk.noise
+    if walk.start is not None:
+        noise = flow.interpolate(walk.start, noise, walk.times[0])
     if image_share:
         noise = flow.interpolate(cond.known[:, :1], noise, 1 - image_share)
     scale = walk.guidance_scale
@@ -416,6 +432,7 @@ def _window(
     denoising = "continuation" if plan.sink and "continuation" in networks else "transformer"
     stages = window.Stages(
         denoise=bound(_denoise, denoising, sink=plan.sink, **static),
+        redraw=bound(_denoise, "redrawing" if "redrawing" in networks else "transformer", **static),
         decode=bound(_decode, "vae"),
         encode=bound(_encode_known, "vae", total=total),
         look=bound(_prepend_image_tokens, "image_encoder"),

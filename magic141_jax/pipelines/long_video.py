@@ -12,6 +12,7 @@ The first image's tokens stay before the text of every window, as an anchor agai
 network sees of the known latents (history noise) hides the model's own errors from it. `SamplingOptions` has others:
 
     match_colors   the colours of every window's border are moved toward those of the first window
+    refresh        the frame that a window starts from is noised to this time, and drawn anew by text to image
     blend          the shared frames fade from window w - 1 to window w, which then emits them
     carry          "latents": only the first known latent is encoded anew, the other k - 1 are the window's own;
                    "sink": the first is the first picture's in every window, and nothing is encoded anew. With weights
@@ -172,6 +173,8 @@ def make_plan(options: SamplingOptions, components: Components) -> Plan:
         blend=options.blend,
         anchor=options.anchor,
         match_colors=options.match_colors,
+        refresh=options.refresh,
+        looks=components.continuation is not None and components.continuation.redraws,
         sink=options.carry == "sink",
     )
 

@@ -43,6 +43,8 @@ class SamplingOptions:
       overlap_latents: long video: how many latent frames are known to the next window.
       history_noise: long video: noise level of those frames, 0 to 1.
       match_colors: long video: how strongly (0 to 1) a window's border colours are moved toward the first window's.
+      refresh: long video: the time (0 to 1) to which the frame that the next window starts from is noised, to be drawn
+        anew by text to image; 0 leaves it as it is.
       carry: long video: "pixels" encodes all frames that the next window knows anew; "latents" only the first, and
         carries the window's own latents over for the others; "sink" carries them likewise, behind the first picture's
         latent. "sink" by default where the weights have an adapter for it, which is used with it alone.
@@ -65,6 +67,7 @@ class SamplingOptions:
     overlap_latents: int | None = None
     history_noise: float | None = None
     match_colors: float = 0.0
+    refresh: float | None = None
     carry: Literal["pixels", "latents", "sink"] | None = None
     blend: bool = False
     anchor: bool = True
@@ -104,11 +107,15 @@ def resolve(options: Mapping[str, Any], components: Components, *, frames: int |
     defaults = {**dataclasses.asdict(components.sampling), "carry": "pixels", **fixed}
     factor, continuation = components.vae.network.config.temporal_factor, components.continuation
     window = latent_frames(defaults["num_frames"] if made.num_frames is None else made.num_frames, factor)
-    if continuation is not None and made.carry in (None, "sink") and window > continuation.config.overlap_latents:
-        defaults |= {**dataclasses.asdict(continuation.config), "carry": "sink"}
+    if continuation is not None and window > continuation.config.overlap_latents:
+        carry = "pixels" if continuation.redraws else "sink"
+        if made.carry in (None, carry) and made.overlap_latents in (None, continuation.config.overlap_latents):
+            defaults |= {**dataclasses.asdict(continuation.config), "carry": carry}
     names = [f.name for f in dataclasses.fields(SamplingOptions)]
     unset = {k: defaults[k] for k in names if getattr(made, k) is None and k in defaults}
     made = dataclasses.replace(made, **unset)
+    if "refresh" in unset and (made.carry, made.overlap_latents) != ("pixels", 1):
+        made = dataclasses.replace(made, refresh=0.0)
     dynamic = components.sampling.dynamic_shift
     if dynamic is not None and "shift" in unset:
         made = dataclasses.replace(made, shift=dynamic_shift(_image_tokens(made, components), **dynamic))
@@ -188,6 +195,7 @@ def _check_ranges(options: SamplingOptions) -> None:
         "shift": (options.shift, 1e-3, 1e3),
         "history_noise": (options.history_noise, 0, 1),
         "match_colors": (options.match_colors, 0, 1),
+        "refresh": (options.refresh, 0, 1),
         **{f"seed {seed}": (seed, 0, MAX_SEED) for seed in seeds},
     }
     for name, (value, low, high) in limits.items():
@@ -202,6 +210,10 @@ def _check_windows(options: SamplingOptions, window: int, components: Components
         raise UserError(f"overlap_latents is {overlap}; a window has {window} latent frames")
     if options.carry != "pixels" and overlap == 1:
         raise UserError(f"carry is {options.carry!r}, but a single known latent isn't carried; raise overlap_latents")
+    if options.refresh and (options.carry != "pixels" or overlap != 1):
+        raise UserError("refresh draws a single frame anew: it takes overlap_latents 1, and carry 'pixels'")
+    if options.refresh and components.text_encoder.image_tokens:
+        raise UserError("refresh draws from the prompt alone; these weights read the first image together with it")
     if options.blend and overlap == 1 and dropped:
         raise UserError("blend has nothing to fade: these weights drop the frame that is shared; raise overlap_latents")
     if not options.anchor and components.text_encoder.image_tokens:

@@ -27,6 +27,7 @@ from magic141_jax.shapes import Frames, Images, Latents, TokenMask, Tokens
 
 BORDER = 8  # a frame's border is this fraction of its sides
 GAIN_LIMITS = (0.8, 1.25)
+REDRAWING = 1 << 24  # added to a window's purpose, for noise that no window draws
 SPREAD_FLOOR = 0.02  # added to a border's standard deviation: that of a flat colour is noise
 
 
@@ -43,6 +44,8 @@ class Plan:
       blend: whether the shared frames fade from the window before to this one.
       anchor: whether the first image's tokens stay; else they are of each window's own first frame.
       match_colors: see `match_colors`; 0 leaves it out.
+      refresh: see `_redrawn`; 0 leaves it out.
+      looks: whether redrawing sees the image tokens: of a network that has learned it with them.
     """
 
     length: int
@@ -52,6 +55,8 @@ class Plan:
     blend: bool = False
     anchor: bool = True
     match_colors: float = 0.0
+    refresh: float = 0.0
+    looks: bool = False
     sink: bool = False
 
     @property
@@ -107,12 +112,14 @@ class Stages(NamedTuple):
 
     Attributes:
       denoise: a walk -> latents.
+      redraw: likewise, of one latent frame that nothing is known of but the latents it starts from.
       decode: latents -> frames.
       encode: frames (b, 4(k-1)+1, y, x, 3) -> k known latents of a clip, and their mask.
       look: images, text, mask -> both with the images' tokens in front.
     """
 
     denoise: Callable[[Any], Latents]
+    redraw: Callable[[Any], Latents]
     decode: Callable[[Latents], Frames]
     encode: Callable[[Frames], tuple[Latents, LatentMask]]
     look: Callable[[Images, Tokens, TokenMask], tuple[Tokens, TokenMask]]
@@ -146,8 +153,11 @@ def step(
         pairs = zip(border_colours(frames), colours, strict=True)
         colours = Colours(*(jnp.where(state.first, own, reference) for own, reference in pairs))
         frames = match_colors(frames, colours, plan.match_colors)
+    following = _next_conditioning(stages, walk.cond, frames, latents, plan=plan)
+    if plan.refresh:
+        following = _redrawn(stages, walk._replace(cond=cond, negative=negative), following, plan=plan)
     walk = walk._replace(
-        cond=_next_conditioning(stages, walk.cond, frames, latents, plan=plan),
+        cond=following,
         draws=walk.draws + np.array([[0, 0, 1]], np.uint32),  # (seed, index, purpose): window w has purpose w + 1
         history_noise=jnp.asarray(state.history_noise),
         adapter=jnp.ones_like(walk.adapter),  # made for what follows a window
@@ -225,3 +235,24 @@ def _next_conditioning(
         text, text_mask = stages.look(recent[:, 0], cond.text[:, :0], cond.text_mask[:, :0])
         cond = dataclasses.replace(cond, text=text, text_mask=text_mask)
     return cond
+
+
+def _redrawn(stages: Stages, walk: Any, cond: Conditioning, *, plan: Plan) -> Conditioning:
+    """The same conditioning, what it knows drawn anew: noised to the time `Plan.refresh`, from there text to image.
+
+    As SDEdit (arXiv 2108.01073) edits a picture: what noise of that level hides, the prompt draws again, and the rest
+    stays. A window's errors are such details, so they end with it; `walk` is the window's, with its text.
+    """
+    told, known = walk.cond, cond.known[:, :1]
+    if not plan.looks:
+        text, text_mask = told.text[:, told.image_tokens :], told.text_mask[:, told.image_tokens :]
+        told = dataclasses.replace(told, text=text, text_mask=text_mask, image_tokens=0)
+    told = dataclasses.replace(told, known=jnp.zeros_like(known), mask=jnp.zeros_like(cond.mask[:, :1]))
+    redrawing = walk._replace(
+        cond=told,
+        start=known,
+        times=jnp.minimum(walk.times, plan.refresh),  # the steps above it go nowhere
+        draws=walk.draws + np.array([[0, 0, REDRAWING]], np.uint32),
+        history_noise=jnp.zeros_like(walk.history_noise),
+    )
+    return conditioning.with_known(cond, stages.redraw(redrawing))

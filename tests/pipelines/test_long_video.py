@@ -76,6 +76,7 @@ def whole(pipeline, total_frames, **options):
     [
         {"overlap_latents": 2, "history_noise": 0.3, "match_colors": 0.5, "blend": True},
         {"overlap_latents": 2, "carry": "latents", "anchor": False, "guidance_scale": 2.0},
+        {"refresh": 0.9, "guidance_scale": 2.0},
     ],
     ids=str,
 )
@@ -83,7 +84,8 @@ def test_one_program_makes_what_the_stages_make(pipeline, monkeypatch, options):
     fused = whole(pipeline, 18, **options)
     walks = stages(pipeline, monkeypatch)
     np.testing.assert_allclose(fused, whole(pipeline, 18, **options), atol=5e-4)
-    assert len(walks) == 1 + count_windows(18, 9, 5)
+    windows = count_windows(18, 9, 5 if "overlap_latents" in options else 1)
+    assert len(walks) == 1 + windows
 
 
 def test_the_known_frames_of_a_window_are_the_last_ones_encoded_anew(pipeline, monkeypatch):
@@ -175,6 +177,7 @@ def test_options_become_a_plan(pipeline):
     assert plan() == plain
     asked = {"blend": True, "anchor": False, "match_colors": 0.5}
     assert plan(carry="latents", **asked) == dataclasses.replace(plain, carried=1, **asked)
+    assert plan(overlap_latents=1, refresh=0.5) == dataclasses.replace(plain, overlap=1, refresh=0.5)
     assert plan(carry="sink") == dataclasses.replace(plain, carried=1, sink=True)
 
 
@@ -194,18 +197,38 @@ def test_bad_calls(pipeline):
         stream_video(pipeline, [PROMPT, PROMPT], total_frames=9)
 
 
-@pytest.fixture(scope="module")
-def continued_folder(weights_folder, tmp_path_factory):
-    """The tiny weights with a random adapter for all windows but the first."""
-    made = tmp_path_factory.mktemp("continued") / "tiny"
+def with_adapter(weights_folder, made, **fields):
+    """A copy of the tiny weights with a random adapter for long videos."""
     shutil.copytree(weights_folder, made)
     network = load_model(made / "transformer").network
     adapter = flatten(lora.fresh(lora.adapted(network, 2, paths="qkv|mlp"), jax.random.key(0)))
     rng = np.random.default_rng(0)
     random = {path: np.float32(rng.normal(0, 0.3, np.shape(leaf))) for path, leaf in adapter.items()}
-    fields = {"model": "continuation", "rank": 2, "paths": "qkv|mlp", "overlap_latents": 2, "history_noise": 0.25}
+    fields = {"model": "continuation", "rank": 2, "paths": "qkv|mlp", "history_noise": 0.25, **fields}
     weights.save(made / "continuation", fields, unflatten(random), storage="int8")
     return made
+
+
+@pytest.fixture(scope="module")
+def continued_folder(weights_folder, tmp_path_factory):
+    """The tiny weights with a random adapter for all windows but the first."""
+    return with_adapter(weights_folder, tmp_path_factory.mktemp("continued") / "tiny", overlap_latents=2)
+
+
+def test_an_adapter_draws_anew_what_a_window_starts_from(pipeline, weights_folder, tmp_path, monkeypatch):
+    own = {"refresh": 0.9, "overlap_latents": 1, "history_noise": 0.25}
+    folder = with_adapter(weights_folder, tmp_path / "tiny", refresh=0.9, overlap_latents=1)
+    redrawing = TextToVideoPipeline.from_pretrained(folder)
+    made = whole(redrawing, 17, seed=3)
+    np.testing.assert_array_equal(whole(redrawing, 17, seed=3, **own), made, err_msg="the adapter's own settings")
+    plain = whole(pipeline, 17, seed=3, **own)
+    np.testing.assert_allclose(made[:9], plain[:9], atol=1e-4, err_msg="window 0 starts from the picture")
+    assert np.abs(made[9:] - plain[9:]).max() > 1e-3
+    for other in ({"refresh": 0.0}, {"overlap_latents": 2}, {"carry": "sink", "overlap_latents": 2}):
+        other = {"history_noise": 0.1, **other}
+        np.testing.assert_allclose(whole(redrawing, 17, **other), whole(pipeline, 17, **other), atol=1e-4)
+    monkeypatch.setattr(redrawing.engine, "_window", None)
+    np.testing.assert_allclose(whole(redrawing, 17, seed=3), made, atol=5e-4, err_msg="stage by stage")
 
 
 def test_the_adapter_makes_all_windows_but_the_first(pipeline, continued_folder, monkeypatch):

@@ -47,6 +47,8 @@ def test_sizes(pipeline):
         ({"overlap_latents": 3}, "3 latent frames"),
         ({"carry": "latent"}, "'latents'"),
         ({"carry": "latents"}, "raise overlap_latents"),
+        ({"refresh": 0.5, "overlap_latents": 2}, "refresh draws a single frame anew"),
+        ({"refresh": 1.5}, "refresh is 1.5"),
         ({"blend": 1}, "blend must be bool"),
         ({"anchor": "no"}, "anchor must be bool"),
         ({"latents": np.zeros((1, 2, 4, 4, 4))}, r"\(1, 3, 4, 4, 4\)"),

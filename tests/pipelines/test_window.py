@@ -11,6 +11,7 @@ from magic141_jax.diffusion.conditioning import Conditioning, known_latents
 from magic141_jax.models.text import TextStates
 from magic141_jax.pipelines.window import (
     BORDER,
+    REDRAWING,
     Colours,
     Plan,
     Stages,
@@ -30,6 +31,8 @@ class Walk(NamedTuple):
     draws: Any
     history_noise: Any
     adapter: Any
+    times: Any = np.array([1.0, 0.8, 0.0], np.float32)
+    start: Any = None
 
 
 def clip(seed, frames=13):
@@ -44,13 +47,17 @@ class Networks:
     """Window w's frames are clip(w), its latents are w + 1 and the number of the latent frame."""
 
     def __init__(self):
-        self.walks, self.encoded, self.decoded = [], [], []
+        self.walks, self.encoded, self.decoded, self.redrawn = [], [], [], []
 
     def denoise(self, walk):
         assert float(walk.adapter) == bool(self.walks)
         self.walks.append(walk)
         numbers = np.arange(LATENTS, dtype=np.float32)[None, :, None, None, None]
         return np.broadcast_to(10 * len(self.walks) + numbers, (1, LATENTS, 2, 2, 1))
+
+    def redraw(self, walk):
+        self.redrawn.append(walk)
+        return walk.start + 0.5
 
     def decode(self, latents):
         self.decoded.append(np.asarray(latents)[0, :, 0, 0, 0].tolist())
@@ -73,7 +80,7 @@ def run(plan, windows=3, history_noise=0.3):
     cond = Conditioning(np.full((1, 5, 5), 7.0, np.float32), shown, text(0).pooled, known, mask, image_tokens=2)
     walk = Walk(cond, None, np.array([[3, 0, 1]], np.uint32), np.float32(0), np.float32(0))
     networks = Networks()
-    stages = Stages(networks.denoise, networks.decode, networks.encode, networks.look)
+    stages = Stages(networks.denoise, networks.redraw, networks.decode, networks.encode, networks.look)
     state, frames = begin(walk, history_noise, plan=plan, size=(SIDE, SIDE)), []
     for window in range(windows):
         before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
@@ -95,6 +102,22 @@ def test_text_noise_and_history_are_a_windows_own():
         np.testing.assert_array_equal(frames[window], clip(window))
         np.testing.assert_array_equal(networks.encoded[window], clip(window)[:, -5:])
     assert networks.walks[0].cond.known[0, 0, 0, 0, 0] == -2 and networks.walks[1].cond.known[0, 1, 0, 0, 0] == -1
+
+
+def test_what_the_next_window_starts_from_is_drawn_anew_by_the_prompt_alone():
+    networks, frames = run(Plan(length=13, overlap=1, refresh=0.6))
+    assert len(networks.walks) == len(networks.redrawn) == 3
+    for window, walk in enumerate(networks.redrawn):
+        assert np.asarray(walk.cond.text)[0, :, 0].tolist() == [window] * 3 and walk.cond.image_tokens == 0
+        assert walk.cond.text_mask.shape == (1, 3) and np.asarray(walk.cond.pooled).tolist() == [[window] * 2]
+        assert walk.cond.known.shape == (1, 1, 2, 2, 1) and not walk.cond.known.any() and not walk.cond.mask.any()
+        assert (np.asarray(walk.start) == -1).all(), "the last frame, encoded"
+        np.testing.assert_allclose(walk.times, [0.6, 0.6, 0.0])
+        assert np.asarray(walk.draws).tolist() == [[3, 0, 1 + window + REDRAWING]] and float(walk.history_noise) == 0
+    for walk in networks.walks[1:]:
+        assert np.asarray(walk.cond.known)[0, :, 0, 0, 0].tolist() == [-0.5, 0, 0, 0]
+        assert np.asarray(walk.cond.text)[0, :2, 0].tolist() == [7, 7]
+    np.testing.assert_array_equal(frames[1], clip(1), "frames are shown as they are")
 
 
 def test_carried_latents_stand_behind_one_that_is_encoded_at_its_place():

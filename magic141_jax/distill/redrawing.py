@@ -1,0 +1,108 @@
+"""An adapter that draws a window's last frame anew, with the first picture's tokens in sight.
+
+A window of a long video starts from the last frame of the one before, and inherits what is wrong with it; errors add
+up. Text to image knows no such thing as an earlier frame: it draws what the prompt says. So the frame that the next
+window starts from is noised to a time t_r and drawn from there by text to image (`pipelines.window`), as SDEdit
+(arXiv 2108.01073) edits a picture: details, and what is wrong with them, come from the network, and only what noise of
+that level leaves (place, size, pose) from the video. No error is older than a window.
+
+A text-to-image network draws what pictures show: subjects in the middle, whole, as first frames have them, and of a
+given picture it knows nothing. The adapter learns single frames from anywhere in long clips, c with the tokens of the
+clip's first picture:
+
+    x_t = (1 - t) z + t eps,  t one of the walk's times up to t_r      loss = |v(x_t, t | c) - (x_t - z) / t|^2
+    z = the first latent of a window of the clip, which stands for one frame
+
+Few steps do without a teacher, since x_t and the picture leave little open of z.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from magic141_jax.diffusion import flow
+from magic141_jax.distill.roles import STUDENT, TEACHER, Distillation, DistillationConfig, RolesConfig
+from magic141_jax.distill.rollout import WalkConfig
+from magic141_jax.models import lora
+from magic141_jax.pytree import Params
+from magic141_jax.train.conditioner import Record
+
+
+@dataclasses.dataclass(frozen=True)
+class RedrawingConfig(DistillationConfig):
+    """What the adapter learns.
+
+    Attributes:
+      walk: the steps of the frozen student, of which the adapter makes the last.
+      windows: of the data's chains (`python -m magic141_jax.data prepare --windows`).
+      refresh: t_r, the time from which a frame is drawn anew.
+      history_noise: the level with which windows are to be sampled that start from such a frame.
+    """
+
+    roles: RolesConfig = dataclasses.field(default_factory=lambda: RolesConfig(student="adapter"))
+    walk: WalkConfig = dataclasses.field(default_factory=lambda: WalkConfig(sampler="euler"))
+    windows: int = 4
+    refresh: float = 0.8
+    history_noise: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.roles.student != "adapter":
+            raise ValueError("what draws anew is an adapter: roles.student is 'adapter'")
+        if self.windows < 2:
+            raise ValueError(f"frames come from chains of 2 windows or more, got {self.windows}")
+        if not 0 <= self.history_noise <= 1:
+            raise ValueError(f"history_noise is a level from 0 to 1, got {self.history_noise}")
+        if not len(self.times):
+            last = float(self.walk.times[-2])
+            raise ValueError(f"refresh is {self.refresh}, and the walk's last step begins at {last:.3f}: raise it")
+
+    @property
+    def times(self) -> jax.Array:
+        """Those of the walk at which the adapter is called: `refresh` itself and all below."""
+        with jax.ensure_compile_time_eval():  # their number is a shape
+            steps = self.walk.times[:-1]
+            return steps[steps <= self.refresh]
+
+
+class Redrawing(Distillation):
+    """The method: role "student" is the adapter, over the frozen "teacher" whose windows it mends."""
+
+    Config = RedrawingConfig
+
+    def components(self, params: Mapping[str, Params]) -> dict[str, tuple[str, Any, Params]]:
+        """The adapter alone; the export's other components are those of config.components_from."""
+        config = self.config
+        found = lora.ContinuationConfig(
+            config.roles.rank, config.roles.paths, 1, config.history_noise, refresh=config.refresh
+        )
+        return {"continuation": ("continuation", found, params[STUDENT]["adapter"])}
+
+    def part(
+        self, params: Mapping[str, Params], part: str, record: Record, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[tuple[str, str], jax.Array]]:
+        """The loss of one part: of one frame of each chain."""
+        window_key, text_key, time_key, noise_key = jax.random.split(key, 4)
+        data = record["latents"].astype(jnp.float32)
+        batch, frames = len(data), data.shape[1] // self.config.windows
+        first = frames * jax.random.randint(window_key, (batch,), 0, self.config.windows)
+        clean = jnp.take_along_axis(data, first[:, None, None, None, None], axis=1)
+        # A record that knows its only frame has the tokens of its picture; then nothing of it is shown.
+        told, known = {**record, "latents": clean}, jnp.ones(batch, jnp.int32)
+        encoder = params[TEACHER].get("image_encoder")
+        cond = self.backbone.conditioner.condition(encoder, told, text_key, known, image_tokens=True)
+        cond = dataclasses.replace(cond, known=jnp.zeros_like(cond.known), mask=jnp.zeros_like(cond.mask))
+        t = self.config.times[jax.random.randint(time_key, (batch,), 0, len(self.config.times))]
+        x = flow.interpolate(clean, flow.draw_noise(noise_key, clean.shape), t)
+        velocity = self.backbone.velocity(params, STUDENT, trained=True)(x, t, cond).astype(jnp.float32)
+        error = jnp.mean((velocity - (x - clean) / flow.align(t, x)) ** 2)
+        return {STUDENT: error}, {(STUDENT, "error"): error}
+
+    def sampled(self, record: Record) -> Record:
+        """The chain's first window."""
+        return {**record, "latents": record["latents"][:, : record["latents"].shape[1] // self.config.windows]}
