@@ -25,39 +25,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from magic141_jax.diffusion import flow
-from magic141_jax.distill.roles import STUDENT, TEACHER, Distillation, DistillationConfig, RolesConfig
-from magic141_jax.distill.rollout import WalkConfig
-from magic141_jax.models import lora
+from magic141_jax.diffusion import conditioning, flow
+from magic141_jax.distill.continuation import LongVideoConfig
+from magic141_jax.distill.roles import STUDENT, TEACHER, Distillation
+from magic141_jax.distill.streaming import in_windows
 from magic141_jax.pytree import Params
 from magic141_jax.train.conditioner import Record
 
 
 @dataclasses.dataclass(frozen=True)
-class RedrawingConfig(DistillationConfig):
-    """What the adapter learns.
+class RedrawingConfig(LongVideoConfig):
+    """What the adapter learns: the last steps of the frozen student.
 
     Attributes:
-      walk: the steps of the frozen student, of which the adapter makes the last.
       windows: of the data's chains (`python -m magic141_jax.data prepare --windows`).
       refresh: t_r, the time from which a frame is drawn anew.
-      history_noise: the level with which windows are to be sampled that start from such a frame.
     """
 
-    roles: RolesConfig = dataclasses.field(default_factory=lambda: RolesConfig(student="adapter"))
-    walk: WalkConfig = dataclasses.field(default_factory=lambda: WalkConfig(sampler="euler"))
+    history_noise: float = 0.05
     windows: int = 4
     refresh: float = 0.8
-    history_noise: float = 0.05
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.roles.student != "adapter":
-            raise ValueError("what draws anew is an adapter: roles.student is 'adapter'")
         if self.windows < 2:
             raise ValueError(f"frames come from chains of 2 windows or more, got {self.windows}")
-        if not 0 <= self.history_noise <= 1:
-            raise ValueError(f"history_noise is a level from 0 to 1, got {self.history_noise}")
         if not len(self.times):
             last = float(self.walk.times[-2])
             raise ValueError(f"refresh is {self.refresh}, and the walk's last step begins at {last:.3f}: raise it")
@@ -77,10 +69,7 @@ class Redrawing(Distillation):
 
     def components(self, params: Mapping[str, Params]) -> dict[str, tuple[str, Any, Params]]:
         """The adapter alone; the export's other components are those of config.components_from."""
-        config = self.config
-        found = lora.ContinuationConfig(
-            config.roles.rank, config.roles.paths, 1, config.history_noise, refresh=config.refresh
-        )
+        found = self.config.exported(overlap_latents=1, refresh=self.config.refresh)
         return {"continuation": ("continuation", found, params[STUDENT]["adapter"])}
 
     def part(
@@ -88,15 +77,15 @@ class Redrawing(Distillation):
     ) -> tuple[dict[str, jax.Array], dict[tuple[str, str], jax.Array]]:
         """The loss of one part: of one frame of each chain."""
         window_key, text_key, time_key, noise_key = jax.random.split(key, 4)
-        data = record["latents"].astype(jnp.float32)
-        batch, frames = len(data), data.shape[1] // self.config.windows
-        first = frames * jax.random.randint(window_key, (batch,), 0, self.config.windows)
-        clean = jnp.take_along_axis(data, first[:, None, None, None, None], axis=1)
+        windows = in_windows(record["latents"], self.config.windows)
+        batch = len(windows)
+        which = jax.random.randint(window_key, (batch,), 0, self.config.windows)
+        clean = windows[jnp.arange(batch), which, :1]
         # A record that knows its only frame has the tokens of its picture; then nothing of it is shown.
         told, known = {**record, "latents": clean}, jnp.ones(batch, jnp.int32)
         encoder = params[TEACHER].get("image_encoder")
         cond = self.backbone.conditioner.condition(encoder, told, text_key, known, image_tokens=True)
-        cond = dataclasses.replace(cond, known=jnp.zeros_like(cond.known), mask=jnp.zeros_like(cond.mask))
+        cond = conditioning.with_known(cond, clean[:, :0])
         t = self.config.times[jax.random.randint(time_key, (batch,), 0, len(self.config.times))]
         x = flow.interpolate(clean, flow.draw_noise(noise_key, clean.shape), t)
         velocity = self.backbone.velocity(params, STUDENT, trained=True)(x, t, cond).astype(jnp.float32)
@@ -105,4 +94,4 @@ class Redrawing(Distillation):
 
     def sampled(self, record: Record) -> Record:
         """The chain's first window."""
-        return {**record, "latents": record["latents"][:, : record["latents"].shape[1] // self.config.windows]}
+        return {**record, "latents": in_windows(record["latents"], self.config.windows)[:, 0]}

@@ -253,7 +253,7 @@ class Engine:
 
         stages = window.Stages(
             denoise=from_host(self._continue if plan.sink else self._denoise, "video", **static),
-            redraw=lambda walk: from_host(self._redraw, "video", **static)(walk),
+            redraw=from_host(self._redraw if plan.refresh else None, "video", **static),
             decode=from_host(self._decode, "decode"),
             encode=from_host(self._encode_known, "video", total=total),
             look=from_host(self._image_tokens, "image"),

@@ -109,7 +109,7 @@ def resolve(options: Mapping[str, Any], components: Components, *, frames: int |
     window = latent_frames(defaults["num_frames"] if made.num_frames is None else made.num_frames, factor)
     if continuation is not None and window > continuation.config.overlap_latents:
         carry = "pixels" if continuation.redraws else "sink"
-        if made.carry in (None, carry) and made.overlap_latents in (None, continuation.config.overlap_latents):
+        if made.carry in (None, carry):
             defaults |= {**dataclasses.asdict(continuation.config), "carry": carry}
     names = [f.name for f in dataclasses.fields(SamplingOptions)]
     unset = {k: defaults[k] for k in names if getattr(made, k) is None and k in defaults}

@@ -247,11 +247,11 @@ def _redrawn(stages: Stages, walk: Any, cond: Conditioning, *, plan: Plan) -> Co
     if not plan.looks:
         text, text_mask = told.text[:, told.image_tokens :], told.text_mask[:, told.image_tokens :]
         told = dataclasses.replace(told, text=text, text_mask=text_mask, image_tokens=0)
-    told = dataclasses.replace(told, known=jnp.zeros_like(known), mask=jnp.zeros_like(cond.mask[:, :1]))
+    nothing, mask = conditioning.known_latents(known, 0, 1)
     redrawing = walk._replace(
-        cond=told,
+        cond=dataclasses.replace(told, known=nothing, mask=mask),
         start=known,
-        times=jnp.minimum(walk.times, plan.refresh),  # the steps above it go nowhere
+        times=jnp.minimum(walk.times, plan.refresh),  # those above it stay there
         draws=walk.draws + np.array([[0, 0, REDRAWING]], np.uint32),
         history_noise=jnp.zeros_like(walk.history_noise),
     )
