@@ -373,7 +373,7 @@ def _denoise(
     noise = flow.draw_noise(keys[:, 0], cond.known.shape) if walk.noise is None else walk.noise
     if walk.start is not None:
         noise = flow.interpolate(walk.start, noise, walk.times[0])
-    if image_share:
+    elif image_share:
         noise = flow.interpolate(cond.known[:, :1], noise, 1 - image_share)
     scale = walk.guidance_scale
     negative = None if walk.negative is None else conditioning.replace_text(cond, *walk.negative)

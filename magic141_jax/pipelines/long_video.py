@@ -12,7 +12,9 @@ The first image's tokens stay before the text of every window, as an anchor agai
 network sees of the known latents (history noise) hides the model's own errors from it. `SamplingOptions` has others:
 
     match_colors   the colours of every window's border are moved toward those of the first window
-    refresh        the frame that a window starts from is noised to this time, and drawn anew by text to image
+    refresh        the frame that a window starts from is noised to this time, and drawn anew by text to image. With
+                   weights that have an adapter for it (`distill.redrawing`) it is all of a window, with the first
+                   picture in sight
     blend          the shared frames fade from window w - 1 to window w, which then emits them
     carry          "latents": only the first known latent is encoded anew, the other k - 1 are the window's own;
                    "sink": the first is the first picture's in every window, and nothing is encoded anew. With weights
@@ -35,6 +37,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from magic141_jax.diffusion import timesteps
 from magic141_jax.errors import UserError
 from magic141_jax.pipelines.components import Components
 from magic141_jax.pipelines.engine import Engine, Prompts
@@ -44,6 +47,8 @@ from magic141_jax.pipelines.options import SamplingOptions, resolve
 from magic141_jax.pipelines.schedule import Script, as_schedule, opening, warn_beyond
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 from magic141_jax.pipelines.window import Plan
+
+SAME_TIME = 1e-4  # times of a walk that differ by less are one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +167,12 @@ def count_windows(total_frames: int, window: int, overlap: int) -> int:
     return 1 + -(-(total_frames - window) // (window - overlap))
 
 
+def steps_below(options: SamplingOptions) -> int:
+    """How many steps a walk from the time `options.refresh` on takes, by the times that are below it."""
+    times = np.asarray(timesteps.grid(options.num_inference_steps, options.shift))
+    return int(np.sum(times < options.refresh - SAME_TIME))
+
+
 def make_plan(options: SamplingOptions, components: Components) -> Plan:
     """The windows of resolved options."""
     dropped = components.sampling.dropped_frames if options.num_frames > 1 else 0
@@ -174,7 +185,8 @@ def make_plan(options: SamplingOptions, components: Components) -> Plan:
         anchor=options.anchor,
         match_colors=options.match_colors,
         refresh=options.refresh,
-        looks=components.continuation is not None and components.continuation.redraws,
+        redrawing=steps_below(options) if options.refresh else 0,
+        mends=components.continuation is not None and components.continuation.redraws,
         sink=options.carry == "sink",
     )
 

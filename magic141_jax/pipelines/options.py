@@ -44,7 +44,7 @@ class SamplingOptions:
       history_noise: long video: noise level of those frames, 0 to 1.
       match_colors: long video: how strongly (0 to 1) a window's border colours are moved toward the first window's.
       refresh: long video: the time (0 to 1) to which the frame that the next window starts from is noised, to be drawn
-        anew by text to image; 0 leaves it as it is.
+        anew by text to image; all of a window with weights that have an adapter for it. 0 leaves it as it is.
       carry: long video: "pixels" encodes all frames that the next window knows anew; "latents" only the first, and
         carries the window's own latents over for the others; "sink" carries them likewise, behind the first picture's
         latent. "sink" by default where the weights have an adapter for it, which is used with it alone.
@@ -114,7 +114,7 @@ def resolve(options: Mapping[str, Any], components: Components, *, frames: int |
     names = [f.name for f in dataclasses.fields(SamplingOptions)]
     unset = {k: defaults[k] for k in names if getattr(made, k) is None and k in defaults}
     made = dataclasses.replace(made, **unset)
-    if "refresh" in unset and (made.carry, made.overlap_latents) != ("pixels", 1):
+    if "refresh" in unset and made.carry == "sink":
         made = dataclasses.replace(made, refresh=0.0)
     dynamic = components.sampling.dynamic_shift
     if dynamic is not None and "shift" in unset:
@@ -210,9 +210,12 @@ def _check_windows(options: SamplingOptions, window: int, components: Components
         raise UserError(f"overlap_latents is {overlap}; a window has {window} latent frames")
     if options.carry != "pixels" and overlap == 1:
         raise UserError(f"carry is {options.carry!r}, but a single known latent isn't carried; raise overlap_latents")
-    if options.refresh and (options.carry != "pixels" or overlap != 1):
-        raise UserError("refresh draws a single frame anew: it takes overlap_latents 1, and carry 'pixels'")
-    if options.refresh and components.text_encoder.image_tokens:
+    mends = components.continuation is not None and components.continuation.redraws
+    if options.refresh and options.carry == "sink":
+        raise UserError("refresh is against errors in what is encoded anew; carry 'sink' encodes nothing")
+    if options.refresh and not mends and overlap != 1:
+        raise UserError("refresh draws a single frame anew: it takes overlap_latents 1")
+    if options.refresh and not mends and components.text_encoder.image_tokens:
         raise UserError("refresh draws from the prompt alone; these weights read the first image together with it")
     if options.blend and overlap == 1 and dropped:
         raise UserError("blend has nothing to fade: these weights drop the frame that is shared; raise overlap_latents")

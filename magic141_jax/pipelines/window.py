@@ -44,8 +44,10 @@ class Plan:
       blend: whether the shared frames fade from the window before to this one.
       anchor: whether the first image's tokens stay; else they are of each window's own first frame.
       match_colors: see `match_colors`; 0 leaves it out.
-      refresh: see `_redrawn`; 0 leaves it out.
-      looks: whether redrawing sees the image tokens: of a network that has learned it with them.
+      refresh: the time from which something is drawn anew; 0 leaves it out.
+      redrawing: how many steps that takes: of the walk's times those below `refresh`, 0 among them.
+      mends: whether that is all of a window, see `_mended`, by a network that has learned it; else the frame that the
+        next window starts from, see `_from_text`.
     """
 
     length: int
@@ -56,7 +58,8 @@ class Plan:
     anchor: bool = True
     match_colors: float = 0.0
     refresh: float = 0.0
-    looks: bool = False
+    redrawing: int = 0
+    mends: bool = False
     sink: bool = False
 
     @property
@@ -96,6 +99,7 @@ class State(NamedTuple):
       first: whether the window is the first, ().
       tail: the shared frames as the window before made them, (b, `Plan.faded`, y, x, 3).
       before: with a sink the latent in whose place it stands, (b, 1, h, w, c): the one before the carried ones.
+      picture: where windows are mended the first picture's latent, (b, 1, h, w, c).
       colours: of the first window.
     """
 
@@ -104,6 +108,7 @@ class State(NamedTuple):
     first: jax.Array
     tail: Frames
     before: Latents
+    picture: Latents
     colours: Colours
 
 
@@ -112,7 +117,7 @@ class Stages(NamedTuple):
 
     Attributes:
       denoise: a walk -> latents.
-      redraw: likewise, of one latent frame that nothing is known of but the latents it starts from.
+      redraw: likewise, from latents that the walk starts from.
       decode: latents -> frames.
       encode: frames (b, 4(k-1)+1, y, x, 3) -> k known latents of a clip, and their mask.
       look: images, text, mask -> both with the images' tokens in front.
@@ -136,6 +141,7 @@ def begin(walk: Any, history_noise: float, *, plan: Plan, size: tuple[int, int])
         np.array(True),
         np.zeros((b, plan.faded, *size, 3), np.float32),
         np.zeros_like(cond.known[:, : int(plan.sink)]),
+        cond.known[:, : int(plan.mends)],
         Colours(*np.zeros((2, b, 1, 1, 1, 3), np.float32)),
     )
 
@@ -146,7 +152,10 @@ def step(
     """One window with the text of its prompt: its frames (b, `Plan.length`, y, x, 3), and the state for the next."""
     walk = state.walk
     cond = conditioning.replace_text(walk.cond, *positive)
-    latents = stages.denoise(walk._replace(cond=cond, negative=negative))
+    told = walk._replace(cond=cond, negative=negative)
+    latents = stages.denoise(told)
+    if plan.refresh and plan.mends:
+        latents = _mended(stages, told, latents, state.picture, plan=plan)
     frames = stages.decode(_in_order(latents, state, plan=plan))[:, plan.dropped :]
     colours = state.colours
     if plan.match_colors:
@@ -154,8 +163,8 @@ def step(
         colours = Colours(*(jnp.where(state.first, own, reference) for own, reference in pairs))
         frames = match_colors(frames, colours, plan.match_colors)
     following = _next_conditioning(stages, walk.cond, frames, latents, plan=plan)
-    if plan.refresh:
-        following = _redrawn(stages, walk._replace(cond=cond, negative=negative), following, plan=plan)
+    if plan.refresh and not plan.mends:
+        following = _from_text(stages, told, following, plan=plan)
     walk = walk._replace(
         cond=following,
         draws=walk.draws + np.array([[0, 0, 1]], np.uint32),  # (seed, index, purpose): window w has purpose w + 1
@@ -164,7 +173,7 @@ def step(
     )
     tail = frames[:, frames.shape[1] - plan.faded :]
     before = latents[:, -1 - plan.carried :][:, : int(plan.sink)]
-    left = State(walk, state.history_noise, jnp.zeros_like(state.first), tail, before, colours)
+    left = State(walk, state.history_noise, jnp.zeros_like(state.first), tail, before, state.picture, colours)
     return cross_fade(state.tail, frames, state.first), left
 
 
@@ -237,22 +246,36 @@ def _next_conditioning(
     return cond
 
 
-def _redrawn(stages: Stages, walk: Any, cond: Conditioning, *, plan: Plan) -> Conditioning:
-    """The same conditioning, what it knows drawn anew: noised to the time `Plan.refresh`, from there text to image.
+def _mended(stages: Stages, walk: Any, latents: Latents, picture: Latents, *, plan: Plan) -> Latents:
+    """A window's latents drawn anew behind the first picture's, in place of the latent that they follow.
 
-    As SDEdit (arXiv 2108.01073) edits a picture: what noise of that level hides, the prompt draws again, and the rest
-    stays. A window's errors are such details, so they end with it; `walk` is the window's, with its text.
+    What errors leave of a face is little, what the picture shows of it is all; `walk` is the window's, with its text.
     """
+    told = conditioning.with_known(walk.cond, picture)
+    seen = jnp.concatenate([picture, latents[:, 1:]], axis=1)
+    return jnp.concatenate([latents[:, :1], _redrawn(stages, walk, told, seen, plan=plan)[:, 1:]], axis=1)
+
+
+def _from_text(stages: Stages, walk: Any, cond: Conditioning, *, plan: Plan) -> Conditioning:
+    """The same conditioning, the one latent that it knows drawn anew by text to image, the prompt of `walk`."""
     told, known = walk.cond, cond.known[:, :1]
-    if not plan.looks:
-        text, text_mask = told.text[:, told.image_tokens :], told.text_mask[:, told.image_tokens :]
-        told = dataclasses.replace(told, text=text, text_mask=text_mask, image_tokens=0)
+    text, text_mask = told.text[:, told.image_tokens :], told.text_mask[:, told.image_tokens :]
     nothing, mask = conditioning.known_latents(known, 0, 1)
+    told = dataclasses.replace(told, text=text, text_mask=text_mask, image_tokens=0, known=nothing, mask=mask)
+    return conditioning.with_known(cond, _redrawn(stages, walk, told, known, plan=plan))
+
+
+def _redrawn(stages: Stages, walk: Any, cond: Conditioning, latents: Latents, *, plan: Plan) -> Latents:
+    """Latents noised to the time `Plan.refresh` and walked from there, as SDEdit (arXiv 2108.01073) edits a picture.
+
+    What noise of that level hides is drawn again, and the rest stays. A window's errors are such details, so they end
+    with it.
+    """
     redrawing = walk._replace(
-        cond=dataclasses.replace(told, known=nothing, mask=mask),
-        start=known,
-        times=jnp.minimum(walk.times, plan.refresh),  # those above it stay there
+        cond=cond,
+        start=latents,
+        times=jnp.append(jnp.float32(plan.refresh), walk.times[-plan.redrawing :]),
         draws=walk.draws + np.array([[0, 0, REDRAWING]], np.uint32),
         history_noise=jnp.zeros_like(walk.history_noise),
     )
-    return conditioning.with_known(cond, stages.redraw(redrawing))
+    return stages.redraw(redrawing)

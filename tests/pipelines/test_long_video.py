@@ -177,7 +177,10 @@ def test_options_become_a_plan(pipeline):
     assert plan() == plain
     asked = {"blend": True, "anchor": False, "match_colors": 0.5}
     assert plan(carry="latents", **asked) == dataclasses.replace(plain, carried=1, **asked)
-    assert plan(overlap_latents=1, refresh=0.5) == dataclasses.replace(plain, overlap=1, refresh=0.5)
+    times = [1.0, 0.75, 0.5]  # of three steps, shift 1.5
+    for refresh, below in ((1.0, 3), (0.75, 2), (0.6, 2), (0.5, 1), (0.1, 1)):
+        redrawn = plan(overlap_latents=1, refresh=refresh, num_inference_steps=len(times), shift=1.5)
+        assert redrawn == dataclasses.replace(plain, overlap=1, refresh=refresh, redrawing=below)
     assert plan(carry="sink") == dataclasses.replace(plain, carried=1, sink=True)
 
 
@@ -215,16 +218,19 @@ def continued_folder(weights_folder, tmp_path_factory):
     return with_adapter(weights_folder, tmp_path_factory.mktemp("continued") / "tiny", overlap_latents=2)
 
 
-def test_an_adapter_draws_anew_what_a_window_starts_from(pipeline, weights_folder, tmp_path, monkeypatch):
+def test_an_adapter_draws_windows_anew(pipeline, weights_folder, tmp_path, monkeypatch):
     own = {"refresh": 0.9, "overlap_latents": 1, "history_noise": 0.25}
     folder = with_adapter(weights_folder, tmp_path / "tiny", refresh=0.9, overlap_latents=1)
     redrawing = TextToVideoPipeline.from_pretrained(folder)
     made = whole(redrawing, 17, seed=3)
     np.testing.assert_array_equal(whole(redrawing, 17, seed=3, **own), made, err_msg="the adapter's own settings")
     plain = whole(pipeline, 17, seed=3, **own)
-    np.testing.assert_allclose(made[:9], plain[:9], atol=1e-4, err_msg="window 0 starts from the picture")
-    assert np.abs(made[9:] - plain[9:]).max() > 1e-3
-    for other in ({"refresh": 0.0}, {"overlap_latents": 2}, {"carry": "sink", "overlap_latents": 2}):
+    np.testing.assert_allclose(made[:1], plain[:1], atol=1e-4, err_msg="the picture")
+    for window in (made[1:9] - plain[1:9], made[9:] - plain[9:]):
+        assert np.abs(window).max() > 1e-3
+    blended = whole(redrawing, 17, seed=3, overlap_latents=2, blend=True)
+    assert np.isfinite(blended).all() and np.abs(blended - made).max() > 1e-3
+    for other in ({"refresh": 0.0}, {"carry": "sink", "overlap_latents": 2}):
         other = {"history_noise": 0.1, **other}
         np.testing.assert_allclose(whole(redrawing, 17, **other), whole(pipeline, 17, **other), atol=1e-4)
     monkeypatch.setattr(redrawing.engine, "_window", None)

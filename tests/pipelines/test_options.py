@@ -48,6 +48,7 @@ def test_sizes(pipeline):
         ({"carry": "latent"}, "'latents'"),
         ({"carry": "latents"}, "raise overlap_latents"),
         ({"refresh": 0.5, "overlap_latents": 2}, "refresh draws a single frame anew"),
+        ({"refresh": 0.5, "overlap_latents": 2, "carry": "sink"}, "carry 'sink' encodes nothing"),
         ({"refresh": 1.5}, "refresh is 1.5"),
         ({"blend": 1}, "blend must be bool"),
         ({"anchor": "no"}, "anchor must be bool"),

@@ -105,19 +105,36 @@ def test_text_noise_and_history_are_a_windows_own():
 
 
 def test_what_the_next_window_starts_from_is_drawn_anew_by_the_prompt_alone():
-    networks, frames = run(Plan(length=13, overlap=1, refresh=0.6))
+    networks, frames = run(Plan(length=13, overlap=1, refresh=0.6, redrawing=1))
     assert len(networks.walks) == len(networks.redrawn) == 3
     for window, walk in enumerate(networks.redrawn):
         assert np.asarray(walk.cond.text)[0, :, 0].tolist() == [window] * 3 and walk.cond.image_tokens == 0
         assert walk.cond.text_mask.shape == (1, 3) and np.asarray(walk.cond.pooled).tolist() == [[window] * 2]
         assert walk.cond.known.shape == (1, 1, 2, 2, 1) and not walk.cond.known.any() and not walk.cond.mask.any()
         assert (np.asarray(walk.start) == -1).all(), "the last frame, encoded"
-        np.testing.assert_allclose(walk.times, [0.6, 0.6, 0.0])
+        np.testing.assert_allclose(walk.times, [0.6, 0.0])
         assert np.asarray(walk.draws).tolist() == [[3, 0, 1 + window + REDRAWING]] and float(walk.history_noise) == 0
     for walk in networks.walks[1:]:
         assert np.asarray(walk.cond.known)[0, :, 0, 0, 0].tolist() == [-0.5, 0, 0, 0]
         assert np.asarray(walk.cond.text)[0, :2, 0].tolist() == [7, 7]
     np.testing.assert_array_equal(frames[1], clip(1), "frames are shown as they are")
+
+
+def test_a_window_is_drawn_anew_behind_the_first_picture():
+    networks, frames = run(Plan(length=13, overlap=1, refresh=0.9, redrawing=2, mends=True))
+    assert len(networks.walks) == len(networks.redrawn) == len(networks.decoded) == 3
+    for window, walk in enumerate(networks.redrawn):
+        made = [10 * (window + 1) + frame for frame in range(LATENTS)]
+        assert np.asarray(walk.cond.text)[0, :, 0].tolist() == [7, 7, *[window] * 3], "the anchor and the prompt"
+        assert np.asarray(walk.cond.known)[0, :, 0, 0, 0].tolist() == [-2, 0, 0, 0], "the first picture's latent"
+        assert np.asarray(walk.cond.mask)[0, :, 0, 0, 0].tolist() == [1, 0, 0, 0]
+        assert np.asarray(walk.start)[0, 1:, 0, 0, 0].tolist() == made[1:]
+        np.testing.assert_allclose(walk.times, [0.9, 0.8, 0.0])
+        assert np.asarray(walk.draws).tolist() == [[3, 0, 1 + window + REDRAWING]] and float(walk.history_noise) == 0
+        assert networks.decoded[window] == [made[0], *(m + 0.5 for m in made[1:])], "behind the window's own first"
+    for walk in networks.walks[1:]:
+        assert np.asarray(walk.cond.known)[0, :, 0, 0, 0].tolist() == [-1, 0, 0, 0], "the last frame, encoded"
+    np.testing.assert_array_equal(networks.encoded[1], frames[1][:, -1:])
 
 
 def test_carried_latents_stand_behind_one_that_is_encoded_at_its_place():
