@@ -1,7 +1,7 @@
 """The embedded default's long videos: an adapter that draws every window anew, the first picture in sight.
 
 Part: the test-time sliding window of the paper, and its drift. The adapter (rank 32) learns to draw windows from
-anywhere in a clip of four out of noise that leaves their places, half of them as the student had drawn them.
+anywhere in a clip of four windows out of noise that leaves their places.
 Data: python -m magic141_jax.data prepare emoji runs/emoji64_chains --weights weights/emoji64 --limit 2400
   --text_length 18 --windows 4 --kind video (one line)
 Command: python train.py --config=configs/emoji64_redraw.py --workdir=runs/redraw
@@ -19,7 +19,6 @@ def get_config():
             "name": "redrawing",
             "roles": {"student": "adapter", "rank": 32, "teacher_dtype": "bfloat16"},
             "windows": 4,
-            "refresh": 0.6,
         },
         image_batch=0,
         video_batch=16,

@@ -105,7 +105,7 @@ class Continuation(NamedTuple):
 
     @property
     def redraws(self) -> bool:
-        """Whether it draws what the next window starts from; else it makes all windows but the first."""
+        """Whether it draws windows anew; else it makes all but the first."""
         return self.config.refresh > 0
 
 

@@ -253,7 +253,7 @@ class Engine:
 
         stages = window.Stages(
             denoise=from_host(self._continue if plan.sink else self._denoise, "video", **static),
-            redraw=from_host(self._redraw if plan.refresh else None, "video", **static),
+            redraw=from_host(self._redraw if plan.redraw else None, "video", **_redrawing(static, plan)),
             decode=from_host(self._decode, "decode"),
             encode=from_host(self._encode_known, "video", total=total),
             look=from_host(self._image_tokens, "image"),
@@ -401,6 +401,11 @@ def _keys(draw: jax.Array) -> jax.Array:
     return jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), purpose), 3)
 
 
+def _redrawing(static: Mapping[str, Any], plan: window.Plan) -> dict[str, Any]:
+    """What a program that draws anew is compiled for; an adapter for that has learned a flow, for Euler's steps."""
+    return {**static, **({"sampler": "euler"} if plan.mends else {})}
+
+
 def _encode_known(network: Network, params: Params, frames: Frames, *, total: int) -> tuple[Latents, LatentMask]:
     latents = network(params, frames, method="encode_latents")
     return conditioning.known_latents(latents, latents.shape[1], total)
@@ -432,7 +437,7 @@ def _window(
     denoising = "continuation" if plan.sink and "continuation" in networks else "transformer"
     stages = window.Stages(
         denoise=bound(_denoise, denoising, sink=plan.sink, **static),
-        redraw=bound(_denoise, "redrawing" if "redrawing" in networks else "transformer", **static),
+        redraw=bound(_denoise, "redrawing" if plan.mends else "transformer", **_redrawing(static, plan)),
         decode=bound(_decode, "vae"),
         encode=bound(_encode_known, "vae", total=total),
         look=bound(_prepend_image_tokens, "image_encoder"),

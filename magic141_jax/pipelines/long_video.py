@@ -43,7 +43,7 @@ from magic141_jax.pipelines.components import Components
 from magic141_jax.pipelines.engine import Engine, Prompts
 from magic141_jax.pipelines.image_to_video import FIRST_WINDOW, as_pictures, fit_images
 from magic141_jax.pipelines.media import ImageLike
-from magic141_jax.pipelines.options import SamplingOptions, resolve
+from magic141_jax.pipelines.options import SamplingOptions, mends, resolve
 from magic141_jax.pipelines.schedule import Script, as_schedule, opening, warn_beyond
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 from magic141_jax.pipelines.window import Plan
@@ -167,10 +167,14 @@ def count_windows(total_frames: int, window: int, overlap: int) -> int:
     return 1 + -(-(total_frames - window) // (window - overlap))
 
 
-def steps_below(options: SamplingOptions) -> int:
-    """How many steps a walk from the time `options.refresh` on takes, by the times that are below it."""
-    times = np.asarray(timesteps.grid(options.num_inference_steps, options.shift))
-    return int(np.sum(times < options.refresh - SAME_TIME))
+def redraw_times(options: SamplingOptions, components: Components) -> tuple[float, ...]:
+    """The times from `options.refresh` down to 0: an adapter's own even steps, else those of the walk below it."""
+    if mends(components):
+        times = np.linspace(options.refresh, 0, components.continuation.config.refresh_steps + 1)
+    else:
+        walk = np.asarray(timesteps.grid(options.num_inference_steps, options.shift))
+        times = [options.refresh, *walk[walk < options.refresh - SAME_TIME]]
+    return tuple(map(float, times))
 
 
 def make_plan(options: SamplingOptions, components: Components) -> Plan:
@@ -184,9 +188,8 @@ def make_plan(options: SamplingOptions, components: Components) -> Plan:
         blend=options.blend,
         anchor=options.anchor,
         match_colors=options.match_colors,
-        refresh=options.refresh,
-        redrawing=steps_below(options) if options.refresh else 0,
-        mends=components.continuation is not None and components.continuation.redraws,
+        redraw=redraw_times(options, components) if options.refresh else (),
+        mends=mends(components),
         sink=options.carry == "sink",
     )
 

@@ -126,6 +126,11 @@ def resolve(options: Mapping[str, Any], components: Components, *, frames: int |
     return made
 
 
+def mends(components: Components) -> bool:
+    """Whether the weights have an adapter that draws windows anew (`distill.redrawing`)."""
+    return components.continuation is not None and components.continuation.redraws
+
+
 def parse_size(text: str, flag: str) -> tuple[int, int]:
     """ "64" -> (64, 64) and "96x64" -> width 96, height 64; anything else raises `UserError`, which names the flag."""
     sides = text.lower().split("x")
@@ -210,12 +215,11 @@ def _check_windows(options: SamplingOptions, window: int, components: Components
         raise UserError(f"overlap_latents is {overlap}; a window has {window} latent frames")
     if options.carry != "pixels" and overlap == 1:
         raise UserError(f"carry is {options.carry!r}, but a single known latent isn't carried; raise overlap_latents")
-    mends = components.continuation is not None and components.continuation.redraws
     if options.refresh and options.carry == "sink":
         raise UserError("refresh is against errors in what is encoded anew; carry 'sink' encodes nothing")
-    if options.refresh and not mends and overlap != 1:
+    if options.refresh and not mends(components) and overlap != 1:
         raise UserError("refresh draws a single frame anew: it takes overlap_latents 1")
-    if options.refresh and not mends and components.text_encoder.image_tokens:
+    if options.refresh and not mends(components) and components.text_encoder.image_tokens:
         raise UserError("refresh draws from the prompt alone; these weights read the first image together with it")
     if options.blend and overlap == 1 and dropped:
         raise UserError("blend has nothing to fade: these weights drop the frame that is shared; raise overlap_latents")

@@ -44,8 +44,7 @@ class Plan:
       blend: whether the shared frames fade from the window before to this one.
       anchor: whether the first image's tokens stay; else they are of each window's own first frame.
       match_colors: see `match_colors`; 0 leaves it out.
-      refresh: the time from which something is drawn anew; 0 leaves it out.
-      redrawing: how many steps that takes: of the walk's times those below `refresh`, 0 among them.
+      redraw: the times, down to 0, through which something is drawn anew; empty leaves it out.
       mends: whether that is all of a window, see `_mended`, by a network that has learned it; else the frame that the
         next window starts from, see `_from_text`.
     """
@@ -57,8 +56,7 @@ class Plan:
     blend: bool = False
     anchor: bool = True
     match_colors: float = 0.0
-    refresh: float = 0.0
-    redrawing: int = 0
+    redraw: tuple[float, ...] = ()
     mends: bool = False
     sink: bool = False
 
@@ -154,7 +152,7 @@ def step(
     cond = conditioning.replace_text(walk.cond, *positive)
     told = walk._replace(cond=cond, negative=negative)
     latents = stages.denoise(told)
-    if plan.refresh and plan.mends:
+    if plan.redraw and plan.mends:
         latents = _mended(stages, told, latents, state.picture, plan=plan)
     frames = stages.decode(_in_order(latents, state, plan=plan))[:, plan.dropped :]
     colours = state.colours
@@ -163,7 +161,7 @@ def step(
         colours = Colours(*(jnp.where(state.first, own, reference) for own, reference in pairs))
         frames = match_colors(frames, colours, plan.match_colors)
     following = _next_conditioning(stages, walk.cond, frames, latents, plan=plan)
-    if plan.refresh and not plan.mends:
+    if plan.redraw and not plan.mends:
         following = _from_text(stages, told, following, plan=plan)
     walk = walk._replace(
         cond=following,
@@ -266,7 +264,7 @@ def _from_text(stages: Stages, walk: Any, cond: Conditioning, *, plan: Plan) -> 
 
 
 def _redrawn(stages: Stages, walk: Any, cond: Conditioning, latents: Latents, *, plan: Plan) -> Latents:
-    """Latents noised to the time `Plan.refresh` and walked from there, as SDEdit (arXiv 2108.01073) edits a picture.
+    """Latents noised to the first time of `Plan.redraw` and walked from there (SDEdit, arXiv 2108.01073).
 
     What noise of that level hides is drawn again, and the rest stays. A window's errors are such details, so they end
     with it.
@@ -274,7 +272,7 @@ def _redrawn(stages: Stages, walk: Any, cond: Conditioning, latents: Latents, *,
     redrawing = walk._replace(
         cond=cond,
         start=latents,
-        times=jnp.append(jnp.float32(plan.refresh), walk.times[-plan.redrawing :]),
+        times=jnp.asarray(plan.redraw, jnp.float32),
         draws=walk.draws + np.array([[0, 0, REDRAWING]], np.uint32),
         history_noise=jnp.zeros_like(walk.history_noise),
     )

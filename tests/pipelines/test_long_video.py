@@ -177,10 +177,11 @@ def test_options_become_a_plan(pipeline):
     assert plan() == plain
     asked = {"blend": True, "anchor": False, "match_colors": 0.5}
     assert plan(carry="latents", **asked) == dataclasses.replace(plain, carried=1, **asked)
-    times = [1.0, 0.75, 0.5]  # of three steps, shift 1.5
-    for refresh, below in ((1.0, 3), (0.75, 2), (0.6, 2), (0.5, 1), (0.1, 1)):
-        redrawn = plan(overlap_latents=1, refresh=refresh, num_inference_steps=len(times), shift=1.5)
-        assert redrawn == dataclasses.replace(plain, overlap=1, refresh=refresh, redrawing=below)
+    walk = [0.75, 3 / 7, 0.0]  # behind its first time, 1
+    for refresh, below in ((1.0, walk), (0.75, walk[1:]), (0.6, walk[1:]), (0.4, walk[2:]), (0.1, walk[2:])):
+        redrawn = plan(overlap_latents=1, refresh=refresh, num_inference_steps=3, shift=1.5)
+        np.testing.assert_allclose(redrawn.redraw, [refresh, *below], rtol=1e-6)
+        assert dataclasses.replace(redrawn, redraw=()) == dataclasses.replace(plain, overlap=1)
     assert plan(carry="sink") == dataclasses.replace(plain, carried=1, sink=True)
 
 
@@ -220,8 +221,10 @@ def continued_folder(weights_folder, tmp_path_factory):
 
 def test_an_adapter_draws_windows_anew(pipeline, weights_folder, tmp_path, monkeypatch):
     own = {"refresh": 0.9, "overlap_latents": 1, "history_noise": 0.25}
-    folder = with_adapter(weights_folder, tmp_path / "tiny", refresh=0.9, overlap_latents=1)
+    folder = with_adapter(weights_folder, tmp_path / "tiny", refresh=0.9, refresh_steps=3, overlap_latents=1)
     redrawing = TextToVideoPipeline.from_pretrained(folder)
+    own_plan = make_plan(resolve({}, redrawing.components), redrawing.components)
+    assert own_plan == Plan(length=9, overlap=1, redraw=(0.9, 0.6, pytest.approx(0.3), 0.0), mends=True)
     made = whole(redrawing, 17, seed=3)
     np.testing.assert_array_equal(whole(redrawing, 17, seed=3, **own), made, err_msg="the adapter's own settings")
     plain = whole(pipeline, 17, seed=3, **own)

@@ -105,7 +105,7 @@ def test_text_noise_and_history_are_a_windows_own():
 
 
 def test_what_the_next_window_starts_from_is_drawn_anew_by_the_prompt_alone():
-    networks, frames = run(Plan(length=13, overlap=1, refresh=0.6, redrawing=1))
+    networks, frames = run(Plan(length=13, overlap=1, redraw=(0.6, 0.0)))
     assert len(networks.walks) == len(networks.redrawn) == 3
     for window, walk in enumerate(networks.redrawn):
         assert np.asarray(walk.cond.text)[0, :, 0].tolist() == [window] * 3 and walk.cond.image_tokens == 0
@@ -121,7 +121,7 @@ def test_what_the_next_window_starts_from_is_drawn_anew_by_the_prompt_alone():
 
 
 def test_a_window_is_drawn_anew_behind_the_first_picture():
-    networks, frames = run(Plan(length=13, overlap=1, refresh=0.9, redrawing=2, mends=True))
+    networks, frames = run(Plan(length=13, overlap=1, redraw=(0.9, 0.8, 0.0), mends=True))
     assert len(networks.walks) == len(networks.redrawn) == len(networks.decoded) == 3
     for window, walk in enumerate(networks.redrawn):
         made = [10 * (window + 1) + frame for frame in range(LATENTS)]
