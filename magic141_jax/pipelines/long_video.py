@@ -43,7 +43,7 @@ from magic141_jax.pipelines.components import Components
 from magic141_jax.pipelines.engine import Engine, Prompts
 from magic141_jax.pipelines.image_to_video import FIRST_WINDOW, as_pictures, fit_images
 from magic141_jax.pipelines.media import ImageLike
-from magic141_jax.pipelines.options import SamplingOptions, mends, resolve
+from magic141_jax.pipelines.options import SamplingOptions, mending, resolve
 from magic141_jax.pipelines.schedule import Script, as_schedule, opening, warn_beyond
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 from magic141_jax.pipelines.window import Plan
@@ -169,12 +169,11 @@ def count_windows(total_frames: int, window: int, overlap: int) -> int:
 
 def redraw_times(options: SamplingOptions, components: Components) -> tuple[float, ...]:
     """The times from `options.refresh` down to 0: an adapter's own even steps, else those of the walk below it."""
-    if mends(components):
-        times = np.linspace(options.refresh, 0, components.continuation.config.refresh_steps + 1)
-    else:
-        walk = np.asarray(timesteps.grid(options.num_inference_steps, options.shift))
-        times = [options.refresh, *walk[walk < options.refresh - SAME_TIME]]
-    return tuple(map(float, times))
+    first, adapter = float(options.refresh or 0), mending(components)
+    if adapter is not None:
+        return tuple(np.linspace(first, 0, adapter.refresh_steps + 1).tolist())
+    walk = np.asarray(timesteps.grid(options.num_inference_steps, options.shift))
+    return (first, *walk[walk < first - SAME_TIME].tolist())
 
 
 def make_plan(options: SamplingOptions, components: Components) -> Plan:
@@ -189,7 +188,7 @@ def make_plan(options: SamplingOptions, components: Components) -> Plan:
         anchor=options.anchor,
         match_colors=options.match_colors,
         redraw=redraw_times(options, components) if options.refresh else (),
-        mends=mends(components),
+        mends=mending(components) is not None,
         sink=options.carry == "sink",
     )
 

@@ -14,6 +14,7 @@ from magic141_jax import settings
 from magic141_jax.diffusion.samplers import Sampler
 from magic141_jax.diffusion.timesteps import dynamic_shift
 from magic141_jax.errors import UserError
+from magic141_jax.models.lora import ContinuationConfig
 from magic141_jax.models.vae import latent_frames
 from magic141_jax.pipelines import media
 from magic141_jax.pipelines.components import Components
@@ -126,9 +127,10 @@ def resolve(options: Mapping[str, Any], components: Components, *, frames: int |
     return made
 
 
-def mends(components: Components) -> bool:
-    """Whether the weights have an adapter that draws windows anew (`distill.redrawing`)."""
-    return components.continuation is not None and components.continuation.redraws
+def mending(components: Components) -> ContinuationConfig | None:
+    """The config of the weights' adapter that draws windows anew (`distill.redrawing`), if there is one."""
+    continuation = components.continuation
+    return continuation.config if continuation is not None and continuation.redraws else None
 
 
 def parse_size(text: str, flag: str) -> tuple[int, int]:
@@ -217,9 +219,9 @@ def _check_windows(options: SamplingOptions, window: int, components: Components
         raise UserError(f"carry is {options.carry!r}, but a single known latent isn't carried; raise overlap_latents")
     if options.refresh and options.carry == "sink":
         raise UserError("refresh is against errors in what is encoded anew; carry 'sink' encodes nothing")
-    if options.refresh and not mends(components) and overlap != 1:
+    if options.refresh and mending(components) is None and overlap != 1:
         raise UserError("refresh draws a single frame anew: it takes overlap_latents 1")
-    if options.refresh and not mends(components) and components.text_encoder.image_tokens:
+    if options.refresh and mending(components) is None and components.text_encoder.image_tokens:
         raise UserError("refresh draws from the prompt alone; these weights read the first image together with it")
     if options.blend and overlap == 1 and dropped:
         raise UserError("blend has nothing to fade: these weights drop the frame that is shared; raise overlap_latents")
