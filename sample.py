@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from tqdm import tqdm
 
@@ -26,7 +26,7 @@ from magic141_jax import processes
 from magic141_jax.aot import dry, preflight
 from magic141_jax.errors import UserError, nearest, run_entry_point
 from magic141_jax.pipelines import media, provenance
-from magic141_jax.pipelines.components import DEFAULT, default_dtype
+from magic141_jax.pipelines.components import DEFAULT, Carry, default_dtype
 from magic141_jax.pipelines.options import parse_size, resolve
 from magic141_jax.pipelines.schedule import opening, read_schedule
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
@@ -106,8 +106,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--image", type=Path, help="the first frame; made from the prompt unless given")
     add("--duration", type=float, help="seconds of video; one window unless given")
     add("--match_colors", type=float, default=0.0, help="0 to 1: holds border colours over a long video's windows")
-    add("--refresh", type=float, help="0 to 1: the time from which the prompt draws anew what each window starts from")
-    add("--blend", action="store_true", help="fades from window to window of a long video")
+    add("--carry", choices=get_args(Carry), help="what a long video's next window knows of the last; see the docs")
+    add("--blend", action=argparse.BooleanOptionalAction, help="fades from window to window of a long video")
     add("--steps", type=int, help="sampling steps; as the weights were made for unless given, as below")
     add("--guidance", type=float, help="guidance scale; 1 is none, and twice as fast")
     add("--num_frames", type=int, help="frames of a clip, or of a window of a longer video: 4k + 1")
@@ -163,7 +163,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "num_frames": args.num_frames,
         "match_colors": args.match_colors,
-        "refresh": args.refresh,
+        "carry": args.carry,
         "blend": args.blend,
     }
     if args.size is not None:

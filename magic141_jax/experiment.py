@@ -30,7 +30,6 @@ from magic141_jax.distill.consistency import Consistency
 from magic141_jax.distill.continuation import Continuation
 from magic141_jax.distill.dmd import DMD
 from magic141_jax.distill.guidance import GuidanceDistillation
-from magic141_jax.distill.redrawing import Redrawing
 from magic141_jax.distill.regression import Regression
 from magic141_jax.distill.streaming import Streaming
 from magic141_jax.distill.trajectory import Trajectory
@@ -155,7 +154,6 @@ METHODS = {
     "trajectory": Trajectory,
     "streaming": Streaming,
     "continuation": Continuation,
-    "redrawing": Redrawing,
 }
 
 

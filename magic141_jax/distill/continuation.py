@@ -38,51 +38,35 @@ from magic141_jax.train.conditioner import Record, weighted_mean
 
 
 @dataclasses.dataclass(frozen=True)
-class LongVideoConfig(DistillationConfig):
-    """What every adapter for long videos has.
+class ContinuationConfig(DistillationConfig):
+    """What the adapter learns.
 
     Attributes:
-      walk: the steps of the frozen student.
-      history_noise: the level with which windows are to be sampled.
+      walk: the steps of the frozen student, which makes window 0.
+      frames: latent frames of a window.
+      overlap: k, how many of them are known: the first picture's, and k - 1 of the window before.
+      chain: how many windows follow each other.
+      history_noise: the level with which the adapter is to be sampled.
     """
 
     roles: RolesConfig = dataclasses.field(default_factory=lambda: RolesConfig(student="adapter"))
     walk: WalkConfig = dataclasses.field(default_factory=lambda: WalkConfig(sampler="euler"))
+    frames: int = 5
+    overlap: int = 2
+    chain: int = 2
     history_noise: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.roles.student != "adapter":
-            raise ValueError("what is learned for long videos is an adapter: roles.student is 'adapter'")
-        if not 0 <= self.history_noise <= 1:
-            raise ValueError(f"history_noise is a level from 0 to 1, got {self.history_noise}")
-
-    def exported(self, **fields: Any) -> lora.ContinuationConfig:
-        """The adapter's config, `fields` being what its method says of it."""
-        return lora.ContinuationConfig(self.roles.rank, self.roles.paths, history_noise=self.history_noise, **fields)
-
-
-@dataclasses.dataclass(frozen=True)
-class ContinuationConfig(LongVideoConfig):
-    """What the adapter learns; the frozen student makes window 0.
-
-    Attributes:
-      frames: latent frames of a window.
-      overlap: k, how many of them are known: the first picture's, and k - 1 of the window before.
-      chain: how many windows follow each other.
-    """
-
-    frames: int = 5
-    overlap: int = 2
-    chain: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
+            raise ValueError("what goes on is an adapter: roles.student is 'adapter'")
         if not 2 <= self.overlap < self.frames or self.chain < 1:
             raise ValueError(
                 "a window knows the first picture and a latent before it, and makes one at least, in chains of 1 or"
                 f" more; got {self.overlap} of {self.frames} known, chains of {self.chain}"
             )
+        if not 0 <= self.history_noise <= 1:
+            raise ValueError(f"history_noise is a level from 0 to 1, got {self.history_noise}")
 
     @property
     def fresh(self) -> int:
@@ -102,7 +86,8 @@ class Continuation(Distillation):
 
     def components(self, params: Mapping[str, Params]) -> dict[str, tuple[str, Any, Params]]:
         """The adapter alone; the export's other components are those of config.components_from."""
-        found = self.config.exported(overlap_latents=self.config.overlap)
+        config = self.config
+        found = lora.ContinuationConfig(config.roles.rank, config.roles.paths, config.overlap, config.history_noise)
         return {"continuation": ("continuation", found, params[STUDENT]["adapter"])}
 
     def part(

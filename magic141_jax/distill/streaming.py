@@ -92,7 +92,7 @@ class Streaming(Trajectory):
         if part == "image":
             return super().part(params, part, record, key)
         text_key, chain_key, noise_key, key = jax.random.split(key, 4)
-        count, windows = self.config.overlap, in_windows(record["latents"], self.config.windows)
+        count, windows = self.config.overlap, self._windows(record)
         conditioner, batch = self.backbone.conditioner, windows.shape[0]
         first, known = self.sampled(record), jnp.full(batch, count)
         encoder = params[TEACHER].get("image_encoder")
@@ -131,14 +131,13 @@ class Streaming(Trajectory):
         last, before = jax.lax.scan(window, windows[:, 0, : config.overlap], (chain[:-1], keys[:-1]))
         return jax.lax.stop_gradient(jnp.moveaxis(jnp.concatenate([before, last[None]]), 0, 1))
 
+    def _windows(self, record: Record) -> Float[Array, "b n f h w c"]:
+        latents = record["latents"].astype(jnp.float32)
+        return latents.reshape(len(latents), self.config.windows, -1, *latents.shape[2:])
+
     def sampled(self, record: Record) -> Record:
         """The chain's first window."""
-        return {**record, "latents": in_windows(record["latents"], self.config.windows)[:, 0]}
-
-
-def in_windows(latents: Latents, count: int) -> Float[Array, "b n f h w c"]:
-    """A chain's latents (b, n f, h, w, c) as its n = `count` windows, in float32."""
-    return latents.astype(jnp.float32).reshape(len(latents), count, -1, *latents.shape[2:])
+        return {**record, "latents": self._windows(record)[:, 0]}
 
 
 def _flat(windows: Array) -> Array:

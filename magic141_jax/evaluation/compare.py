@@ -66,7 +66,6 @@ WINDOWS: dict[str, tuple[str, Callable[[str], Any]]] = {  # of long videos, see 
     "overlap": ("overlap_latents", int),
     "history_noise": ("history_noise", float),
     "match_colors": ("match_colors", float),
-    "refresh": ("refresh", float),
     "carry": ("carry", str),
     "blend": ("blend", lambda text: bool(TRUTH.index(text))),
     "anchor": ("anchor", lambda text: bool(TRUTH.index(text))),

@@ -16,7 +16,9 @@ and by all of them, for any video whatever it shows:
 Over a whole video: start-end contrast is |mean of the first 15 % - mean of the last 15 %| (FramePack, arXiv
 2504.12626), of luminance and saturation in hundredths of their range, over captions under which the subject keeps its
 size. The seam ratio is the change between the frames on both sides of a seam over that between other neighbours, over
-all videos.
+all videos; where windows fade into each other a seam is all of the fade. The beat is that ratio inside windows, of the
+frames on both sides of where a latent frame begins: a seam is none that changes as much. And who is right in the last
+window is counted once more among those who were in the first.
 """
 
 from __future__ import annotations
@@ -39,11 +41,13 @@ OVER_ALL = ("luminance", "saturation", "detail", "similarity", "motion")
 MEASURES = (*AT_ENDS, *OVER_ALL)
 SUMMARY = {  # name -> (label, form)
     "nearest": ("subject right, last window", "{:.2f}"),
+    "still_right": ("of those right in the first", "{:.2f}"),
     "identity": ("and drawn, last window", "{:.2f}"),
     "identity_first": ("and drawn, first window", "{:.2f}"),
     "luminance_contrast": ("luminance, start-end (%)", "{:.1f}"),
     "saturation_contrast": ("saturation, start-end (%)", "{:.1f}"),
     "seam_ratio": ("seam ratio", "{:.2f}"),
+    "beat": ("beat", "{:.2f}"),
     "motion_kept": ("motion, last / first window", "{:.2f}"),
     "similarity": ("similarity to the first frame, last window", "{:.2f}"),
     "detail_kept": ("detail, last / first window", "{:.2f}"),
@@ -62,12 +66,14 @@ class Followed:
       contrasts: {"luminance", "saturation"}: start-end, in hundredths; nan where the subject grows or shrinks.
       seam: mean change across seams; nan if there is none.
       interior: mean change between other neighbouring frames.
+      beat: mean change of those between which a latent frame begins.
     """
 
     windows: dict[str, np.ndarray]
     contrasts: dict[str, float]
     seam: float
     interior: float
+    beat: float
 
 
 def measure_drift(
@@ -88,12 +94,13 @@ def measure_drift(
     total = round(seconds * pipeline.components.sampling.fps)
     given = dict(options or {})
     resolved = resolve(given, pipeline.components)
-    overlap = overlap_frames(resolved, pipeline.components.vae.network.config.temporal_factor)
-    ends = window_ends(total, resolved.num_frames, overlap)
+    factor = pipeline.components.vae.network.config.temporal_factor
+    overlap = overlap_frames(resolved, factor)
+    ends, faded = window_ends(total, resolved.num_frames, overlap), overlap if resolved.blend else 0
     found = []
     for seed, scene in enumerate(scenes):
         stream = stream_video(pipeline, caption(pack, scene), total_frames=total, **{"seed": seed, **given})
-        found.append(follow(np.concatenate(list(stream)), scene, search, ends))
+        found.append(follow(np.concatenate(list(stream)), scene, search, ends, faded=faded, factor=factor))
         progress(caption(pack, scene))
     return {"windows": _means(found), "summary": summary(found)}
 
@@ -103,8 +110,18 @@ def window_ends(total: int, window: int, overlap: int) -> list[int]:
     return list(range(window - 1, total, window - overlap)) or [total - 1]
 
 
-def follow(frames: np.ndarray, scene: Scene, search: Search, ends: Sequence[int]) -> Followed:
-    """The values of one video (t, y, x, 3) in [0, 1] whose windows end at the frames `ends`."""
+def follow(
+    frames: np.ndarray, scene: Scene, search: Search, ends: Sequence[int], *, faded: int = 0, factor: int = 4
+) -> Followed:
+    """The values of one video (t, y, x, 3) in [0, 1].
+
+    Args:
+      frames, scene: the video, and what its caption was made of.
+      search: who may be in it.
+      ends: the last frames of its windows.
+      faded: how many frames up to each of these fade into the next window.
+      factor: frames of a latent frame, the first of a window aside.
+    """
     parts = [frames[start : end + 1] for start, end in zip([0, *(e + 1 for e in ends)], ends)]
     # motion needs more than one frame: a window's starts at the last frame of the one before
     moving = [frames[max(start - 1, 0) : end + 1] for start, end in zip([0, *(e + 1 for e in ends)], ends)]
@@ -122,30 +139,34 @@ def follow(frames: np.ndarray, scene: Scene, search: Search, ends: Sequence[int]
     ]
     values = np.concatenate([at_ends, np.array(over_all, np.float64)], axis=1)
     changes = np.abs(np.diff(frames, axis=0)).mean((1, 2, 3))
-    at_seam = np.isin(np.arange(len(changes)), ends)
+    numbers = np.arange(len(changes))  # change i is that from frame i to i + 1
+    at_seam = np.isin(numbers, [end - back for end in ends for back in range(faded + 1)])
+    begins = (numbers % factor == ends[0] % factor) & ~at_seam
     resizes = bool(MOTIONS[scene.motion].growth)
     contrasts = {
         name: float("nan") if resizes else start_end(of(frames)) * 100
         for name, of in (("luminance", luminance), ("saturation", saturation))
     }
-    seam = float(changes[at_seam].mean()) if at_seam.any() else float("nan")
-    interior = float(changes[~at_seam].mean()) if (~at_seam).any() else float("nan")
-    return Followed(dict(zip(MEASURES, values.T, strict=True)), contrasts, seam, interior)
+    mean_changes = [_mean(changes[which]) for which in (at_seam, ~at_seam, begins)]
+    return Followed(dict(zip(MEASURES, values.T, strict=True)), contrasts, *mean_changes)
 
 
 def summary(found: Sequence[Followed]) -> dict[str, float]:
     """The values of `SUMMARY`, means over videos; a ratio is one of means, or of sums."""
     means = {name: np.array(values) for name, values in _means(found).items()}
     kept = {name: float(means[name][-1] / means[name][0]) if means[name][0] else float("nan") for name in OVER_ALL}
-    seams = [(f.seam, f.interior) for f in found if np.isfinite(f.seam)]
-    across, inside = np.sum(seams, axis=0) if seams else (float("nan"), 1.0)
+    seams = [(f.seam, f.interior, f.beat) for f in found if np.isfinite(f.seam)]
+    across, inside, beat = np.sum(seams, axis=0) if seams else (float("nan"), 1.0, float("nan"))
+    right = np.array([f.windows["nearest"] for f in found], bool)
     return {
         "nearest": float(means["nearest"][-1]),
+        "still_right": _mean(right[right[:, 0], -1]),
         "identity": float(means["identity"][-1]),
         "identity_first": float(means["identity"][0]),
         "luminance_contrast": _mean([f.contrasts["luminance"] for f in found]),
         "saturation_contrast": _mean([f.contrasts["saturation"] for f in found]),
         "seam_ratio": float(across / inside) if inside else float("nan"),
+        "beat": float(beat / inside) if inside else float("nan"),
         "motion_kept": kept["motion"],
         "similarity": float(means["similarity"][-1]),
         "detail_kept": kept["detail"],

@@ -31,23 +31,18 @@ SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class ContinuationConfig:
-    """An adapter of a transformer for long videos: it makes all windows but the first, or draws all of them anew.
+    """An adapter of a transformer for all windows of a long video but the first (`distill.continuation`).
 
     Attributes:
       rank, paths: of the adapter, see `adapted`.
       overlap_latents: how many latents such a window knows: the first picture's, and the others of the window before.
       history_noise: the level of noise on those.
-      refresh: the time from which it draws a window anew (`distill.redrawing`); 0 if it makes the windows themselves,
-        behind the first picture's latent (`distill.continuation`).
-      refresh_steps: in how many even steps.
     """
 
     rank: int
     paths: str = ""
     overlap_latents: int = 2
     history_noise: float = 0.1
-    refresh: float = 0.0
-    refresh_steps: int = 4
 
 
 def adapted(network: Network, rank: int, *, paths: str = "") -> Network:

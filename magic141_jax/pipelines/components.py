@@ -52,14 +52,15 @@ SEAM = ("out_channels", "text_width", "pooled_width")  # config fields that the 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 Dtype = Literal["float32", "bfloat16"]
+Carry = Literal["pixels", "latents", "sink", "picture"]
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
     """How a set of weights is meant to be sampled: sizes in pixels, clip length in frames, the walk.
 
-    `overlap_latents` latent frames of a window are known to the next one in a long video, noised by `history_noise`,
-    or drawn anew from the time `refresh` on.
+    In a long video two windows share `overlap_latents` latent frames; `carry` says what the next one knows of them,
+    noised by `history_noise`. With `blend` they fade.
 
     What published weights need besides, each from diffusers' pipeline of the same name:
 
@@ -81,7 +82,8 @@ class SamplingSettings:
     sampler: Sampler = "euler"
     overlap_latents: int = 1
     history_noise: float = 0.0
-    refresh: float = 0.0
+    carry: Carry = "pixels"
+    blend: bool = False
     dynamic_shift: dict[str, float] | None = None
     image_fit: Fit = "cover"
     image_share: float = 0.0
@@ -97,16 +99,11 @@ class Model(NamedTuple):
 
 
 class Continuation(NamedTuple):
-    """The transformer with an adapter for long videos, beside parameters that both share."""
+    """What makes all windows but the first: the transformer with an adapter, beside parameters that both share."""
 
     network: Network
     params: Held
     config: adapters.ContinuationConfig
-
-    @property
-    def redraws(self) -> bool:
-        """Whether it draws windows anew; else it makes all but the first."""
-        return self.config.refresh > 0
 
 
 @dataclasses.dataclass(frozen=True)

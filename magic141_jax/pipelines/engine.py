@@ -139,18 +139,7 @@ class Engine:
     def _continue(self) -> Stage:
         """Denoises behind a sink where a window is several programs, which is seldom."""
         going_on = functools.partial(_denoise, sink=True)
-        return self._stage(going_on, self._adapters.get("continuation", self.components.transformer))
-
-    @functools.cached_property
-    def _redraw(self) -> Stage:
-        """Draws anew what a window starts from, likewise."""
-        return self._stage(_denoise, self._adapters.get("redrawing", self.components.transformer))
-
-    @property
-    def _adapters(self) -> dict[str, Model]:
-        """The transformer with its adapter for long videos, if it has one, by what that is for."""
-        found = self.components.continuation
-        return {} if found is None else {"redrawing" if found.redraws else "continuation": found}
+        return self._stage(going_on, self.components.continuation or self.components.transformer)
 
     @property
     def runs_ahead(self) -> bool:
@@ -231,10 +220,12 @@ class Engine:
         drop = self.components.sampling.dropped_frames if latents.shape[1] > 1 else 0
         return sharding.to_host(self._decode("decode", latents))[:, drop:]
 
-    def begin(self, cond: Conditioning, options: SamplingOptions, *, purpose: int, plan: window.Plan) -> window.State:
-        """The state before window 0: `cond` knows the first image; its noise is that of `purpose`."""
+    def begin(
+        self, cond: Conditioning, images: Images, options: SamplingOptions, *, purpose: int, plan: window.Plan
+    ) -> window.State:
+        """The state before window 0: `cond` knows the first images (b, y, x, 3); its noise is that of `purpose`."""
         walk = self._walk(cond, None, options, purpose=purpose, history_noise=0.0)
-        return window.begin(walk, options.history_noise, plan=plan, size=(options.height, options.width))
+        return window.begin(walk, options.history_noise, images, plan=plan)
 
     def next_window(
         self, state: window.State, prompts: Prompts, options: SamplingOptions, *, plan: window.Plan
@@ -253,7 +244,6 @@ class Engine:
 
         stages = window.Stages(
             denoise=from_host(self._continue if plan.sink else self._denoise, "video", **static),
-            redraw=from_host(self._redraw if plan.redraw else None, "video", **_redrawing(static, plan)),
             decode=from_host(self._decode, "decode"),
             encode=from_host(self._encode_known, "video", total=total),
             look=from_host(self._image_tokens, "image"),
@@ -310,8 +300,8 @@ class Engine:
 
     def _fused_window(self) -> Stage | None:
         """The program of a window; None where parameters come and go, since it needs all of them at once."""
-        names = ("transformer", "vae", "image_encoder")
-        models = {name: getattr(self.components, name) for name in names} | self._adapters
+        names = ("transformer", "vae", "image_encoder", "continuation")
+        models = {name: getattr(self.components, name) for name in names}
         models = {name: model for name, model in models.items() if model is not None}
         params = {name: model.params for name, model in models.items()}
         if any(map(callable, params.values())):
@@ -342,7 +332,6 @@ class _Walk(NamedTuple):
       draws: (b, 3), (seed, index, purpose) of each sample, used where noise is None.
       history_noise: level of noise on what the network sees of the known latents.
       adapter: behind a sink, how much an adapter of the network counts.
-      start: latents that the walk starts from, noised to its first time; None starts from noise alone.
     """
 
     cond: Conditioning
@@ -353,7 +342,6 @@ class _Walk(NamedTuple):
     guidance_scale: np.float32
     history_noise: np.float32
     adapter: np.float32
-    start: Latents | None = None
 
 
 def _denoise(
@@ -371,9 +359,7 @@ def _denoise(
         params = lora.scaled(params, walk.adapter)
     cond, keys = dataclasses.replace(walk.cond, sink=sink), jax.vmap(_keys)(walk.draws)
     noise = flow.draw_noise(keys[:, 0], cond.known.shape) if walk.noise is None else walk.noise
-    if walk.start is not None:
-        noise = flow.interpolate(walk.start, noise, walk.times[0])
-    elif image_share:
+    if image_share:
         noise = flow.interpolate(cond.known[:, :1], noise, 1 - image_share)
     scale = walk.guidance_scale
     negative = None if walk.negative is None else conditioning.replace_text(cond, *walk.negative)
@@ -399,11 +385,6 @@ def _keys(draw: jax.Array) -> jax.Array:
     """(seed, index, purpose) -> three keys: for the noise, the history noise and the sampler."""
     seed, index, purpose = draw
     return jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), purpose), 3)
-
-
-def _redrawing(static: Mapping[str, Any], plan: window.Plan) -> dict[str, Any]:
-    """What a program that draws anew is compiled for; an adapter for that has learned a flow, for Euler's steps."""
-    return {**static, **({"sampler": "euler"} if plan.mends else {})}
 
 
 def _encode_known(network: Network, params: Params, frames: Frames, *, total: int) -> tuple[Latents, LatentMask]:
@@ -437,7 +418,6 @@ def _window(
     denoising = "continuation" if plan.sink and "continuation" in networks else "transformer"
     stages = window.Stages(
         denoise=bound(_denoise, denoising, sink=plan.sink, **static),
-        redraw=bound(_denoise, "redrawing" if plan.mends else "transformer", **_redrawing(static, plan)),
         decode=bound(_decode, "vae"),
         encode=bound(_encode_known, "vae", total=total),
         look=bound(_prepend_image_tokens, "image_encoder"),

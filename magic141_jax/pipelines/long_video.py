@@ -12,13 +12,12 @@ The first image's tokens stay before the text of every window, as an anchor agai
 network sees of the known latents (history noise) hides the model's own errors from it. `SamplingOptions` has others:
 
     match_colors   the colours of every window's border are moved toward those of the first window
-    refresh        the frame that a window starts from is noised to this time, and drawn anew by text to image. With
-                   weights that have an adapter for it (`distill.redrawing`) it is all of a window, with the first
-                   picture in sight
     blend          the shared frames fade from window w - 1 to window w, which then emits them
     carry          "latents": only the first known latent is encoded anew, the other k - 1 are the window's own;
                    "sink": the first is the first picture's in every window, and nothing is encoded anew. With weights
-                   that have an adapter for it (`distill.continuation`) that is the default
+                   that have an adapter for it (`distill.continuation`) that is the default;
+                   "picture": a window knows the first picture alone, at the place and the size at which the shared
+                   frames begin with its subject (`pipelines.registration`)
     anchor         False: image tokens are those of the window's own first frame, as in image to video done repeatedly
 
 All windows run one program (`pipelines.window`), and nothing but frames comes to the host. Window w + 1 is started
@@ -37,18 +36,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from magic141_jax.diffusion import timesteps
 from magic141_jax.errors import UserError
 from magic141_jax.pipelines.components import Components
 from magic141_jax.pipelines.engine import Engine, Prompts
 from magic141_jax.pipelines.image_to_video import FIRST_WINDOW, as_pictures, fit_images
 from magic141_jax.pipelines.media import ImageLike
-from magic141_jax.pipelines.options import SamplingOptions, mending, resolve
+from magic141_jax.pipelines.options import SamplingOptions, resolve
 from magic141_jax.pipelines.schedule import Script, as_schedule, opening, warn_beyond
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 from magic141_jax.pipelines.window import Plan
-
-SAME_TIME = 1e-4  # times of a walk that differ by less are one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,15 +163,6 @@ def count_windows(total_frames: int, window: int, overlap: int) -> int:
     return 1 + -(-(total_frames - window) // (window - overlap))
 
 
-def redraw_times(options: SamplingOptions, components: Components) -> tuple[float, ...]:
-    """The times from `options.refresh` down to 0: an adapter's own even steps, else those of the walk below it."""
-    first, adapter = float(options.refresh or 0), mending(components)
-    if adapter is not None:
-        return tuple(np.linspace(first, 0, adapter.refresh_steps + 1).tolist())
-    walk = np.asarray(timesteps.grid(options.num_inference_steps, options.shift))
-    return (first, *walk[walk < first - SAME_TIME].tolist())
-
-
 def make_plan(options: SamplingOptions, components: Components) -> Plan:
     """The windows of resolved options."""
     dropped = components.sampling.dropped_frames if options.num_frames > 1 else 0
@@ -183,13 +170,12 @@ def make_plan(options: SamplingOptions, components: Components) -> Plan:
         length=options.num_frames - dropped,
         overlap=overlap_frames(options, components.vae.network.config.temporal_factor),
         dropped=dropped,
-        carried=0 if options.carry == "pixels" else options.overlap_latents - 1,
+        carried=options.overlap_latents - 1 if options.carry in ("latents", "sink") else 0,
         blend=options.blend,
         anchor=options.anchor,
         match_colors=options.match_colors,
-        redraw=redraw_times(options, components) if options.refresh else (),
-        mends=mending(components) is not None,
         sink=options.carry == "sink",
+        follow=options.carry == "picture",
     )
 
 
@@ -198,7 +184,7 @@ def _started(
 ) -> Iterator[jax.Array]:
     """Starts a window whenever the next one's frames are asked for; these lie on the devices."""
     cond, _ = engine.condition(prompts, options, images=images)
-    state = engine.begin(cond, options, purpose=FIRST_WINDOW, plan=plan)
+    state = engine.begin(cond, images, options, purpose=FIRST_WINDOW, plan=plan)
     while script:
         made, state = engine.next_window(state, script.take(), options, plan=plan)
         yield made

@@ -14,10 +14,9 @@ from magic141_jax import settings
 from magic141_jax.diffusion.samplers import Sampler
 from magic141_jax.diffusion.timesteps import dynamic_shift
 from magic141_jax.errors import UserError
-from magic141_jax.models.lora import ContinuationConfig
 from magic141_jax.models.vae import latent_frames
 from magic141_jax.pipelines import media
-from magic141_jax.pipelines.components import Components
+from magic141_jax.pipelines.components import Carry, Components
 
 MAX_SIDE = 4096
 MAX_STEPS = 1000
@@ -44,11 +43,10 @@ class SamplingOptions:
       overlap_latents: long video: how many latent frames are known to the next window.
       history_noise: long video: noise level of those frames, 0 to 1.
       match_colors: long video: how strongly (0 to 1) a window's border colours are moved toward the first window's.
-      refresh: long video: the time (0 to 1) to which the frame that the next window starts from is noised, to be drawn
-        anew by text to image; all of a window with weights that have an adapter for it. 0 leaves it as it is.
       carry: long video: "pixels" encodes all frames that the next window knows anew; "latents" only the first, and
         carries the window's own latents over for the others; "sink" carries them likewise, behind the first picture's
-        latent. "sink" by default where the weights have an adapter for it, which is used with it alone.
+        latent. "sink" by default where the weights have an adapter for it, which is used with it alone. "picture"
+        shows the next window nothing but the first picture, moved to where these frames begin with its subject.
       blend: long video: whether the frames that two windows share fade from one to the other.
       anchor: long video: whether the first image's tokens stay; else each window has those of its own first frame.
     """
@@ -68,9 +66,8 @@ class SamplingOptions:
     overlap_latents: int | None = None
     history_noise: float | None = None
     match_colors: float = 0.0
-    refresh: float | None = None
-    carry: Literal["pixels", "latents", "sink"] | None = None
-    blend: bool = False
+    carry: Carry | None = None
+    blend: bool | None = None
     anchor: bool = True
 
 
@@ -105,18 +102,14 @@ def resolve(options: Mapping[str, Any], components: Components, *, frames: int |
     if frames is not None and made.num_frames not in (None, frames):
         raise UserError(f"num_frames is {made.num_frames}; this pipeline makes {frames}")
     fixed = {} if frames is None else {"num_frames": frames}
-    defaults = {**dataclasses.asdict(components.sampling), "carry": "pixels", **fixed}
+    defaults = {**dataclasses.asdict(components.sampling), **fixed}
     factor, continuation = components.vae.network.config.temporal_factor, components.continuation
     window = latent_frames(defaults["num_frames"] if made.num_frames is None else made.num_frames, factor)
-    if continuation is not None and window > continuation.config.overlap_latents:
-        carry = "pixels" if continuation.redraws else "sink"
-        if made.carry in (None, carry):
-            defaults |= {**dataclasses.asdict(continuation.config), "carry": carry}
+    if continuation is not None and made.carry in (None, "sink") and window > continuation.config.overlap_latents:
+        defaults |= {**dataclasses.asdict(continuation.config), "carry": "sink"}
     names = [f.name for f in dataclasses.fields(SamplingOptions)]
     unset = {k: defaults[k] for k in names if getattr(made, k) is None and k in defaults}
     made = dataclasses.replace(made, **unset)
-    if "refresh" in unset and made.carry == "sink":
-        made = dataclasses.replace(made, refresh=0.0)
     dynamic = components.sampling.dynamic_shift
     if dynamic is not None and "shift" in unset:
         made = dataclasses.replace(made, shift=dynamic_shift(_image_tokens(made, components), **dynamic))
@@ -125,12 +118,6 @@ def resolve(options: Mapping[str, Any], components: Components, *, frames: int |
     if frames is None:
         _check_windows(made, window, components)
     return made
-
-
-def mending(components: Components) -> ContinuationConfig | None:
-    """The config of the weights' adapter that draws windows anew (`distill.redrawing`), if there is one."""
-    continuation = components.continuation
-    return continuation.config if continuation is not None and continuation.redraws else None
 
 
 def parse_size(text: str, flag: str) -> tuple[int, int]:
@@ -202,7 +189,6 @@ def _check_ranges(options: SamplingOptions) -> None:
         "shift": (options.shift, 1e-3, 1e3),
         "history_noise": (options.history_noise, 0, 1),
         "match_colors": (options.match_colors, 0, 1),
-        "refresh": (options.refresh, 0, 1),
         **{f"seed {seed}": (seed, 0, MAX_SEED) for seed in seeds},
     }
     for name, (value, low, high) in limits.items():
@@ -215,14 +201,8 @@ def _check_windows(options: SamplingOptions, window: int, components: Components
     overlap, dropped = options.overlap_latents, components.sampling.dropped_frames
     if not 1 <= overlap < max(window, 2):  # pyright: ignore[reportOperatorIssue]
         raise UserError(f"overlap_latents is {overlap}; a window has {window} latent frames")
-    if options.carry != "pixels" and overlap == 1:
+    if options.carry in ("latents", "sink") and overlap == 1:
         raise UserError(f"carry is {options.carry!r}, but a single known latent isn't carried; raise overlap_latents")
-    if options.refresh and options.carry == "sink":
-        raise UserError("refresh is against errors in what is encoded anew; carry 'sink' encodes nothing")
-    if options.refresh and mending(components) is None and overlap != 1:
-        raise UserError("refresh draws a single frame anew: it takes overlap_latents 1")
-    if options.refresh and mending(components) is None and components.text_encoder.image_tokens:
-        raise UserError("refresh draws from the prompt alone; these weights read the first image together with it")
     if options.blend and overlap == 1 and dropped:
         raise UserError("blend has nothing to fade: these weights drop the frame that is shared; raise overlap_latents")
     if not options.anchor and components.text_encoder.image_tokens:

@@ -36,7 +36,7 @@ from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 FORMAT = 2  # of the metadata; 1 had no such key, and no "loading"
 OPTIONS = (
     *("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "shift", "sampler"),
-    *("overlap_latents", "history_noise", "match_colors", "refresh", "carry", "blend", "anchor"),
+    *("overlap_latents", "history_noise", "match_colors", "carry", "blend", "anchor"),
 )
 NEEDED = ("prompt", "seed", "frames", "fps", "upscale", "options", "weights_digest")
 LOADING = ("weights", "revision", "image_weights", "lora", "lora_scale", "dtype", "offload", "vae_tiles")

@@ -4,7 +4,8 @@
     latents        denoised
     frames         decoded; colours moved toward window 0's; what is shown cross-fades from the window before
     left           the last frames encoded anew; or the first of them alone, or none of them but the first picture's
-                   latent (a sink), with the window's own latents behind it
+                   latent (a sink), with the window's own latents behind it; or the first picture, moved to where the
+                   first of those frames has its subject
 
 What networks do comes in as functions (`Stages`). Pure ones make a window one program; an engine's stages make it
 several, between which parameters can come and go. What sets window 0 apart is data, so one program serves all windows.
@@ -23,11 +24,11 @@ import numpy as np
 from magic141_jax.diffusion import conditioning
 from magic141_jax.diffusion.conditioning import Conditioning, LatentMask
 from magic141_jax.models.text import TextStates
+from magic141_jax.pipelines import registration
 from magic141_jax.shapes import Frames, Images, Latents, TokenMask, Tokens
 
 BORDER = 8  # a frame's border is this fraction of its sides
 GAIN_LIMITS = (0.8, 1.25)
-REDRAWING = 1 << 24  # added to a window's purpose, for noise that no window draws
 SPREAD_FLOOR = 0.02  # added to a border's standard deviation: that of a flat colour is noise
 
 
@@ -41,12 +42,10 @@ class Plan:
       dropped: decoded frames cut off at the start of a window, as the weights ask for it.
       carried: known latents that are a window's own, behind the first one, which is encoded from pixels.
       sink: whether that one is the first picture's in every window, and nothing is encoded.
+      follow: whether a window knows the first picture alone, at the place and size that the shared frames begin with.
       blend: whether the shared frames fade from the window before to this one.
       anchor: whether the first image's tokens stay; else they are of each window's own first frame.
       match_colors: see `match_colors`; 0 leaves it out.
-      redraw: the times, down to 0, through which something is drawn anew; empty leaves it out.
-      mends: whether that is all of a window, see `_mended`, by a network that has learned it; else the frame that the
-        next window starts from, see `_from_text`.
     """
 
     length: int
@@ -56,9 +55,8 @@ class Plan:
     blend: bool = False
     anchor: bool = True
     match_colors: float = 0.0
-    redraw: tuple[float, ...] = ()
-    mends: bool = False
     sink: bool = False
+    follow: bool = False
 
     @property
     def shared(self) -> int:
@@ -97,7 +95,7 @@ class State(NamedTuple):
       first: whether the window is the first, ().
       tail: the shared frames as the window before made them, (b, `Plan.faded`, y, x, 3).
       before: with a sink the latent in whose place it stands, (b, 1, h, w, c): the one before the carried ones.
-      picture: where windows are mended the first picture's latent, (b, 1, h, w, c).
+      picture: where it is followed the first picture, (b, 1, y, x, 3).
       colours: of the first window.
     """
 
@@ -106,7 +104,7 @@ class State(NamedTuple):
     first: jax.Array
     tail: Frames
     before: Latents
-    picture: Latents
+    picture: Frames
     colours: Colours
 
 
@@ -115,21 +113,19 @@ class Stages(NamedTuple):
 
     Attributes:
       denoise: a walk -> latents.
-      redraw: likewise, from latents that the walk starts from.
       decode: latents -> frames.
       encode: frames (b, 4(k-1)+1, y, x, 3) -> k known latents of a clip, and their mask.
       look: images, text, mask -> both with the images' tokens in front.
     """
 
     denoise: Callable[[Any], Latents]
-    redraw: Callable[[Any], Latents]
     decode: Callable[[Latents], Frames]
     encode: Callable[[Frames], tuple[Latents, LatentMask]]
     look: Callable[[Images, Tokens, TokenMask], tuple[Tokens, TokenMask]]
 
 
-def begin(walk: Any, history_noise: float, *, plan: Plan, size: tuple[int, int]) -> State:
-    """The state before window 0 of frames of `size` (y, x); `walk` has the first image's tokens and known latent."""
+def begin(walk: Any, history_noise: float, pictures: Images, *, plan: Plan) -> State:
+    """The state before window 0, of the first `pictures` (b, y, x, 3), whose tokens and known latent `walk` has."""
     b, cond = len(walk.draws), walk.cond
     images = cond.image_tokens
     tokens = {"text": cond.text[:, :images], "text_mask": cond.text_mask[:, :images], "pooled": cond.pooled[:, :0]}
@@ -137,9 +133,9 @@ def begin(walk: Any, history_noise: float, *, plan: Plan, size: tuple[int, int])
         walk._replace(cond=dataclasses.replace(cond, **tokens), negative=None),
         np.float32(history_noise),
         np.array(True),
-        np.zeros((b, plan.faded, *size, 3), np.float32),
+        np.zeros((b, plan.faded, *pictures.shape[1:3], 3), np.float32),
         np.zeros_like(cond.known[:, : int(plan.sink)]),
-        cond.known[:, : int(plan.mends)],
+        np.asarray(pictures, np.float32)[:, None][:, : int(plan.follow)],
         Colours(*np.zeros((2, b, 1, 1, 1, 3), np.float32)),
     )
 
@@ -150,21 +146,15 @@ def step(
     """One window with the text of its prompt: its frames (b, `Plan.length`, y, x, 3), and the state for the next."""
     walk = state.walk
     cond = conditioning.replace_text(walk.cond, *positive)
-    told = walk._replace(cond=cond, negative=negative)
-    latents = stages.denoise(told)
-    if plan.redraw and plan.mends:
-        latents = _mended(stages, told, latents, state.picture, plan=plan)
+    latents = stages.denoise(walk._replace(cond=cond, negative=negative))
     frames = stages.decode(_in_order(latents, state, plan=plan))[:, plan.dropped :]
     colours = state.colours
     if plan.match_colors:
         pairs = zip(border_colours(frames), colours, strict=True)
         colours = Colours(*(jnp.where(state.first, own, reference) for own, reference in pairs))
         frames = match_colors(frames, colours, plan.match_colors)
-    following = _next_conditioning(stages, walk.cond, frames, latents, plan=plan)
-    if plan.redraw and not plan.mends:
-        following = _from_text(stages, told, following, plan=plan)
     walk = walk._replace(
-        cond=following,
+        cond=_next_conditioning(stages, walk.cond, frames, latents, state.picture, plan=plan),
         draws=walk.draws + np.array([[0, 0, 1]], np.uint32),  # (seed, index, purpose): window w has purpose w + 1
         history_noise=jnp.asarray(state.history_noise),
         adapter=jnp.ones_like(walk.adapter),  # made for what follows a window
@@ -225,12 +215,17 @@ def _in_order(latents: Latents, state: State, *, plan: Plan) -> Latents:
 
 
 def _next_conditioning(
-    stages: Stages, cond: Conditioning, frames: Frames, latents: Latents, *, plan: Plan
+    stages: Stages, cond: Conditioning, frames: Frames, latents: Latents, picture: Frames, *, plan: Plan
 ) -> Conditioning:
     """What the next window knows of this one's frames and latents, its image tokens without text."""
     recent, carried = frames[:, -plan.overlap :], latents[:, latents.shape[1] - plan.carried :]
     if plan.sink:
         cond = conditioning.with_known(cond, jnp.concatenate([cond.known[:, :1], carried], axis=1))
+    elif plan.follow:
+        # No error outlives its window: of its frames only where they have the subject is known to the next one.
+        place = registration.register(picture[:, 0], recent[:, 0])
+        known, mask = stages.encode(registration.moved(picture[:, 0], *place)[:, None])
+        cond = dataclasses.replace(cond, known=known, mask=mask)
     else:
         # In a causal VAE the first latent stands for one pixel frame, every other for four: a latent from the middle of
         # a clip is no first one. So that is encoded from the pixel frame at its place; those behind it may be carried.
@@ -242,38 +237,3 @@ def _next_conditioning(
         text, text_mask = stages.look(recent[:, 0], cond.text[:, :0], cond.text_mask[:, :0])
         cond = dataclasses.replace(cond, text=text, text_mask=text_mask)
     return cond
-
-
-def _mended(stages: Stages, walk: Any, latents: Latents, picture: Latents, *, plan: Plan) -> Latents:
-    """A window's latents drawn anew behind the first picture's, in place of the latent that they follow.
-
-    What errors leave of a face is little, what the picture shows of it is all; `walk` is the window's, with its text.
-    """
-    told = conditioning.with_known(walk.cond, picture)
-    seen = jnp.concatenate([picture, latents[:, 1:]], axis=1)
-    return jnp.concatenate([latents[:, :1], _redrawn(stages, walk, told, seen, plan=plan)[:, 1:]], axis=1)
-
-
-def _from_text(stages: Stages, walk: Any, cond: Conditioning, *, plan: Plan) -> Conditioning:
-    """The same conditioning, the one latent that it knows drawn anew by text to image, the prompt of `walk`."""
-    told, known = walk.cond, cond.known[:, :1]
-    text, text_mask = told.text[:, told.image_tokens :], told.text_mask[:, told.image_tokens :]
-    nothing, mask = conditioning.known_latents(known, 0, 1)
-    told = dataclasses.replace(told, text=text, text_mask=text_mask, image_tokens=0, known=nothing, mask=mask)
-    return conditioning.with_known(cond, _redrawn(stages, walk, told, known, plan=plan))
-
-
-def _redrawn(stages: Stages, walk: Any, cond: Conditioning, latents: Latents, *, plan: Plan) -> Latents:
-    """Latents noised to the first time of `Plan.redraw` and walked from there (SDEdit, arXiv 2108.01073).
-
-    What noise of that level hides is drawn again, and the rest stays. A window's errors are such details, so they end
-    with it.
-    """
-    redrawing = walk._replace(
-        cond=cond,
-        start=latents,
-        times=jnp.asarray(plan.redraw, jnp.float32),
-        draws=walk.draws + np.array([[0, 0, REDRAWING]], np.uint32),
-        history_noise=jnp.zeros_like(walk.history_noise),
-    )
-    return stages.redraw(redrawing)

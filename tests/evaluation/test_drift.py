@@ -1,5 +1,6 @@
 """A few windows of a long video through tiny random weights, and measures of videos whose drift is known."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -49,6 +50,13 @@ def test_a_true_video_does_not_drift(pack, search):
     assert kept["luminance_contrast"] < 0.3 and kept["saturation_contrast"] < 0.3
     assert kept["seam_ratio"] == pytest.approx(1, abs=0.25)
     assert kept["motion_kept"] == pytest.approx(1, abs=0.15) and kept["nearest"] == 1
+    assert kept["beat"] == pytest.approx(1, abs=0.1) and kept["still_right"] == 1
+    other = dataclasses.replace(scene(pack), subject=pack.trained[1])
+    wrong = drift.follow(true_video(pack), other, search, ends)
+    assert np.isnan(drift.summary([wrong])["still_right"])
+    changed = np.concatenate([true_video(pack, frames=33), pack.render(other, num_frames=32) / np.float32(255)])
+    lost = drift.summary([wrong, found, drift.follow(changed, scene(pack), search, ends)])
+    assert (lost["nearest"], lost["still_right"]) == (pytest.approx(1 / 3), 0.5)
 
 
 def test_what_drifts_is_told(pack, search):
@@ -66,6 +74,13 @@ def test_what_drifts_is_told(pack, search):
     jumping = np.concatenate([video[:1], jumping])
     seams = drift.summary([drift.follow(jumping, scene(pack), search, ends)])["seam_ratio"]
     assert seams > 2 * drift.summary([true])["seam_ratio"]
+    spread = drift.summary([drift.follow(jumping, scene(pack), search, ends, faded=3)])["seam_ratio"]
+    assert spread == pytest.approx((seams + 3) / 4, rel=0.2), "a fade counts as a whole"
+    beating = [
+        np.roll(video[0], 4 * -(-i // 4) + i // 2, axis=1) for i in range(65)
+    ]  # more where a latent frame begins
+    told = drift.summary([drift.follow(np.stack(beating), scene(pack), search, ends)])
+    assert told["beat"] == pytest.approx(told["seam_ratio"], rel=0.3) and told["beat"] > 2
     slow = video[np.minimum(np.arange(65), 16 + np.arange(65) // 2)]
     assert drift.summary([drift.follow(slow, scene(pack), search, ends)])["motion_kept"] < 0.8
     blurred = video.copy()

@@ -76,7 +76,7 @@ def whole(pipeline, total_frames, **options):
     [
         {"overlap_latents": 2, "history_noise": 0.3, "match_colors": 0.5, "blend": True},
         {"overlap_latents": 2, "carry": "latents", "anchor": False, "guidance_scale": 2.0},
-        {"refresh": 0.9, "guidance_scale": 2.0},
+        {"overlap_latents": 2, "carry": "picture", "blend": True},
     ],
     ids=str,
 )
@@ -84,8 +84,7 @@ def test_one_program_makes_what_the_stages_make(pipeline, monkeypatch, options):
     fused = whole(pipeline, 18, **options)
     walks = stages(pipeline, monkeypatch)
     np.testing.assert_allclose(fused, whole(pipeline, 18, **options), atol=5e-4)
-    windows = count_windows(18, 9, 5 if "overlap_latents" in options else 1)
-    assert len(walks) == 1 + windows
+    assert len(walks) == 1 + count_windows(18, 9, 5)
 
 
 def test_the_known_frames_of_a_window_are_the_last_ones_encoded_anew(pipeline, monkeypatch):
@@ -170,19 +169,19 @@ def test_what_is_said_holds_from_the_next_window_that_is_not_started(pipeline, m
 
 
 def test_options_become_a_plan(pipeline):
-    def plan(**options):
-        return make_plan(resolve({"overlap_latents": 2, **options}, pipeline.components), pipeline.components)
+    def plan(components=pipeline.components, **options):
+        return make_plan(resolve({"overlap_latents": 2, **options}, components), components)
 
     plain = Plan(length=9, overlap=5)
     assert plan() == plain
     asked = {"blend": True, "anchor": False, "match_colors": 0.5}
     assert plan(carry="latents", **asked) == dataclasses.replace(plain, carried=1, **asked)
-    walk = [0.75, 3 / 7, 0.0]  # behind its first time, 1
-    for refresh, below in ((1.0, walk), (0.75, walk[1:]), (0.6, walk[1:]), (0.4, walk[2:]), (0.1, walk[2:])):
-        redrawn = plan(overlap_latents=1, refresh=refresh, num_inference_steps=3, shift=1.5)
-        np.testing.assert_allclose(redrawn.redraw, [refresh, *below], rtol=1e-6)
-        assert dataclasses.replace(redrawn, redraw=()) == dataclasses.replace(plain, overlap=1)
     assert plan(carry="sink") == dataclasses.replace(plain, carried=1, sink=True)
+    assert plan(carry="picture") == dataclasses.replace(plain, follow=True)
+    made_for = dataclasses.replace(pipeline.components.sampling, carry="picture", blend=True)
+    asking = dataclasses.replace(pipeline.components, sampling=made_for)
+    assert plan(asking) == dataclasses.replace(plain, follow=True, blend=True), "as the weights ask for it"
+    assert plan(asking, carry="pixels", blend=False) == plain
 
 
 def test_bad_calls(pipeline):
@@ -201,43 +200,18 @@ def test_bad_calls(pipeline):
         stream_video(pipeline, [PROMPT, PROMPT], total_frames=9)
 
 
-def with_adapter(weights_folder, made, **fields):
-    """A copy of the tiny weights with a random adapter for long videos."""
+@pytest.fixture(scope="module")
+def continued_folder(weights_folder, tmp_path_factory):
+    """The tiny weights with a random adapter for all windows but the first."""
+    made = tmp_path_factory.mktemp("continued") / "tiny"
     shutil.copytree(weights_folder, made)
     network = load_model(made / "transformer").network
     adapter = flatten(lora.fresh(lora.adapted(network, 2, paths="qkv|mlp"), jax.random.key(0)))
     rng = np.random.default_rng(0)
     random = {path: np.float32(rng.normal(0, 0.3, np.shape(leaf))) for path, leaf in adapter.items()}
-    fields = {"model": "continuation", "rank": 2, "paths": "qkv|mlp", "history_noise": 0.25, **fields}
+    fields = {"model": "continuation", "rank": 2, "paths": "qkv|mlp", "overlap_latents": 2, "history_noise": 0.25}
     weights.save(made / "continuation", fields, unflatten(random), storage="int8")
     return made
-
-
-@pytest.fixture(scope="module")
-def continued_folder(weights_folder, tmp_path_factory):
-    """The tiny weights with a random adapter for all windows but the first."""
-    return with_adapter(weights_folder, tmp_path_factory.mktemp("continued") / "tiny", overlap_latents=2)
-
-
-def test_an_adapter_draws_windows_anew(pipeline, weights_folder, tmp_path, monkeypatch):
-    own = {"refresh": 0.9, "overlap_latents": 1, "history_noise": 0.25}
-    folder = with_adapter(weights_folder, tmp_path / "tiny", refresh=0.9, refresh_steps=3, overlap_latents=1)
-    redrawing = TextToVideoPipeline.from_pretrained(folder)
-    own_plan = make_plan(resolve({}, redrawing.components), redrawing.components)
-    assert own_plan == Plan(length=9, overlap=1, redraw=tuple(np.linspace(0.9, 0, 4).tolist()), mends=True)
-    made = whole(redrawing, 17, seed=3)
-    np.testing.assert_array_equal(whole(redrawing, 17, seed=3, **own), made, err_msg="the adapter's own settings")
-    plain = whole(pipeline, 17, seed=3, **own)
-    np.testing.assert_allclose(made[:1], plain[:1], atol=1e-4, err_msg="the picture")
-    for window in (made[1:9] - plain[1:9], made[9:] - plain[9:]):
-        assert np.abs(window).max() > 1e-3
-    blended = whole(redrawing, 17, seed=3, overlap_latents=2, blend=True)
-    assert np.isfinite(blended).all() and np.abs(blended - made).max() > 1e-3
-    for other in ({"refresh": 0.0}, {"carry": "sink", "overlap_latents": 2}):
-        other = {"history_noise": 0.1, **other}
-        np.testing.assert_allclose(whole(redrawing, 17, **other), whole(pipeline, 17, **other), atol=1e-4)
-    monkeypatch.setattr(redrawing.engine, "_window", None)
-    np.testing.assert_allclose(whole(redrawing, 17, seed=3), made, atol=5e-4, err_msg="stage by stage")
 
 
 def test_the_adapter_makes_all_windows_but_the_first(pipeline, continued_folder, monkeypatch):

@@ -1,5 +1,6 @@
 """A window as a function, with stand-ins for the networks: what it is given, shows and leaves behind."""
 
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,6 @@ from magic141_jax.diffusion.conditioning import Conditioning, known_latents
 from magic141_jax.models.text import TextStates
 from magic141_jax.pipelines.window import (
     BORDER,
-    REDRAWING,
     Colours,
     Plan,
     Stages,
@@ -24,6 +24,9 @@ from magic141_jax.pipelines.window import (
 
 LATENTS, SIDE = 4, 16  # windows of 4 latent and 13 pixel frames
 
+PICTURE = np.full((1, SIDE, SIDE, 3), 0.5, np.float32)
+PICTURE[:, 2:6, 3:8] = np.random.default_rng(9).uniform(0, 1, (1, 4, 5, 3))
+
 
 class Walk(NamedTuple):
     cond: Any
@@ -31,8 +34,6 @@ class Walk(NamedTuple):
     draws: Any
     history_noise: Any
     adapter: Any
-    times: Any = np.array([1.0, 0.8, 0.0], np.float32)
-    start: Any = None
 
 
 def clip(seed, frames=13):
@@ -47,17 +48,13 @@ class Networks:
     """Window w's frames are clip(w), its latents are w + 1 and the number of the latent frame."""
 
     def __init__(self):
-        self.walks, self.encoded, self.decoded, self.redrawn = [], [], [], []
+        self.walks, self.encoded, self.decoded = [], [], []
 
     def denoise(self, walk):
         assert float(walk.adapter) == bool(self.walks)
         self.walks.append(walk)
         numbers = np.arange(LATENTS, dtype=np.float32)[None, :, None, None, None]
         return np.broadcast_to(10 * len(self.walks) + numbers, (1, LATENTS, 2, 2, 1))
-
-    def redraw(self, walk):
-        self.redrawn.append(walk)
-        return walk.start + 0.5
 
     def decode(self, latents):
         self.decoded.append(np.asarray(latents)[0, :, 0, 0, 0].tolist())
@@ -80,8 +77,8 @@ def run(plan, windows=3, history_noise=0.3):
     cond = Conditioning(np.full((1, 5, 5), 7.0, np.float32), shown, text(0).pooled, known, mask, image_tokens=2)
     walk = Walk(cond, None, np.array([[3, 0, 1]], np.uint32), np.float32(0), np.float32(0))
     networks = Networks()
-    stages = Stages(networks.denoise, networks.redraw, networks.decode, networks.encode, networks.look)
-    state, frames = begin(walk, history_noise, plan=plan, size=(SIDE, SIDE)), []
+    stages = Stages(networks.denoise, networks.decode, networks.encode, networks.look)
+    state, frames = begin(walk, history_noise, PICTURE, plan=plan), []
     for window in range(windows):
         before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
         made, state = step(stages, state, text(window), None, plan=plan)
@@ -104,39 +101,6 @@ def test_text_noise_and_history_are_a_windows_own():
     assert networks.walks[0].cond.known[0, 0, 0, 0, 0] == -2 and networks.walks[1].cond.known[0, 1, 0, 0, 0] == -1
 
 
-def test_what_the_next_window_starts_from_is_drawn_anew_by_the_prompt_alone():
-    networks, frames = run(Plan(length=13, overlap=1, redraw=(0.6, 0.0)))
-    assert len(networks.walks) == len(networks.redrawn) == 3
-    for window, walk in enumerate(networks.redrawn):
-        assert np.asarray(walk.cond.text)[0, :, 0].tolist() == [window] * 3 and walk.cond.image_tokens == 0
-        assert walk.cond.text_mask.shape == (1, 3) and np.asarray(walk.cond.pooled).tolist() == [[window] * 2]
-        assert walk.cond.known.shape == (1, 1, 2, 2, 1) and not walk.cond.known.any() and not walk.cond.mask.any()
-        assert (np.asarray(walk.start) == -1).all(), "the last frame, encoded"
-        np.testing.assert_allclose(walk.times, [0.6, 0.0])
-        assert np.asarray(walk.draws).tolist() == [[3, 0, 1 + window + REDRAWING]] and float(walk.history_noise) == 0
-    for walk in networks.walks[1:]:
-        assert np.asarray(walk.cond.known)[0, :, 0, 0, 0].tolist() == [-0.5, 0, 0, 0]
-        assert np.asarray(walk.cond.text)[0, :2, 0].tolist() == [7, 7]
-    np.testing.assert_array_equal(frames[1], clip(1), "frames are shown as they are")
-
-
-def test_a_window_is_drawn_anew_behind_the_first_picture():
-    networks, frames = run(Plan(length=13, overlap=1, redraw=(0.9, 0.8, 0.0), mends=True))
-    assert len(networks.walks) == len(networks.redrawn) == len(networks.decoded) == 3
-    for window, walk in enumerate(networks.redrawn):
-        made = [10 * (window + 1) + frame for frame in range(LATENTS)]
-        assert np.asarray(walk.cond.text)[0, :, 0].tolist() == [7, 7, *[window] * 3], "the anchor and the prompt"
-        assert np.asarray(walk.cond.known)[0, :, 0, 0, 0].tolist() == [-2, 0, 0, 0], "the first picture's latent"
-        assert np.asarray(walk.cond.mask)[0, :, 0, 0, 0].tolist() == [1, 0, 0, 0]
-        assert np.asarray(walk.start)[0, 1:, 0, 0, 0].tolist() == made[1:]
-        np.testing.assert_allclose(walk.times, [0.9, 0.8, 0.0])
-        assert np.asarray(walk.draws).tolist() == [[3, 0, 1 + window + REDRAWING]] and float(walk.history_noise) == 0
-        assert networks.decoded[window] == [made[0], *(m + 0.5 for m in made[1:])], "behind the window's own first"
-    for walk in networks.walks[1:]:
-        assert np.asarray(walk.cond.known)[0, :, 0, 0, 0].tolist() == [-1, 0, 0, 0], "the last frame, encoded"
-    np.testing.assert_array_equal(networks.encoded[1], frames[1][:, -1:])
-
-
 def test_carried_latents_stand_behind_one_that_is_encoded_at_its_place():
     networks, _ = run(Plan(length=13, overlap=9, carried=2))
     known = np.asarray(networks.walks[1].cond.known)[0, :, 0, 0, 0]
@@ -153,6 +117,26 @@ def test_a_sink_is_the_first_pictures_latent_and_decoded_is_what_it_stands_in_th
     assert networks.decoded == [[10, 11, 12, 13], [11, 21, 22, 23], [21, 31, 32, 33]]
     assert not networks.encoded, "nothing is encoded anew"
     np.testing.assert_array_equal(frames[2], clip(2))
+
+
+def test_the_first_picture_is_followed_to_where_the_shared_frames_begin(monkeypatch):
+    own = clip
+
+    def led(seed, frames=13):
+        """The same noise, but in frame 8, the first of the last 5, where the picture is, moved by window w."""
+        made = own(seed, frames)
+        made[:, 8] = np.roll(PICTURE, (seed, -4), axis=(1, 2)) + 0.1 * (made[:, 8] - 0.5)
+        return made
+
+    monkeypatch.setattr(sys.modules[__name__], "clip", led)
+    networks, frames = run(Plan(length=13, overlap=5, blend=True, follow=True))
+    for window in range(3):
+        np.testing.assert_array_equal(networks.encoded[window], np.roll(PICTURE, (window, -4), axis=(1, 2))[:, None])
+        assert np.asarray(networks.walks[window].cond.mask)[0, :, 0, 0, 0].tolist() == [1, 0, 0, 0]
+    assert [walk.cond.known[0, 0, 0, 0, 0] for walk in networks.walks] == [-2, -1, -1]
+    share = np.array([1, 2, 3, 4, 5])[None, :, None, None, None] / 6
+    faded = (1 - share) * led(1)[:, -5:] + share * led(2)[:, :5]
+    np.testing.assert_allclose(frames[2][:, :5], faded, atol=1e-6)
 
 
 def test_without_an_anchor_the_image_is_the_windows_own_first_frame():

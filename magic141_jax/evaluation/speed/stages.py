@@ -77,7 +77,7 @@ def pieces(pipeline: TextToVideoPipeline, prompt: str, given: Mapping[str, Any])
         alone, _ = engine.condition(engine.encode_text([prompt], still), still)
         found["evaluation, picture"] = _evaluation(pipeline, components.transformer, alone, still)
         found["picture"] = Piece(lambda: pipeline.text_to_image(prompt, **still_options(given)), 1, _steps(still))
-    if options.carry == "sink" and components.continuation is not None and not components.continuation.redraws:
+    if options.carry == "sink" and components.continuation is not None:
         found["evaluation, later window"] = _evaluation(pipeline, components.continuation, cond, options)
     return found | {
         "evaluation, clip": _evaluation(pipeline, components.transformer, cond, options),

@@ -1,0 +1,61 @@
+"""Where a frame has a picture's subject: the place and the size at which the picture, moved there, is most like it.
+
+    S_s p (x) = p(c + (x - c) / s), p beyond its edges as at them                         resized about the centre c
+    (s, d)    = argmin  sum_x |S_s p(x - d) - f(x)|^2,  x - d around the edges            moved, on a torus
+
+All d are tried at once, since the sum is |S_s p|^2 + |f|^2 - 2 (S_s p * f)(d), whose cross-correlation is a product of
+Fourier transforms; s goes through `SCALES`. So a subject is found before a background whose edges meet, as a plain one.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magic141_jax.shapes import Images
+
+# From half to twice the size, each 1.044 times the other; the picture's own comes first, and wins where all are alike.
+SCALES = np.array(sorted(np.geomspace(0.5, 2, 33).tolist(), key=lambda scale: abs(np.log(scale))), np.float32)
+
+
+def register(pictures: Images, frames: Images) -> tuple[jax.Array, jax.Array]:
+    """The scales (b,), from `SCALES`, and moves (b, 2), (down, right) in pixels, that make pictures most like frames.
+
+    Args:
+      pictures, frames: (b, y, x, 3) each.
+    """
+    centre = pictures.mean((1, 2), keepdims=True)  # as the sums are of squares, for float32's sake near nothing
+    wanted = jnp.fft.fft2(frames - centre, axes=(1, 2))
+
+    def best(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The least error at a scale, less |f|^2, and its place in the flattened frame, (b,) each."""
+        found = resized(pictures, jnp.broadcast_to(scale, len(pictures))) - centre
+        match = jnp.fft.ifft2(jnp.conj(jnp.fft.fft2(found, axes=(1, 2))) * wanted, axes=(1, 2)).real.sum(-1)
+        match = match.reshape(len(match), -1)
+        return (found**2).sum((1, 2, 3)) - 2 * match.max(1), match.argmax(1)
+
+    errors, places = jax.lax.map(best, jnp.asarray(SCALES))  # (scales, b)
+    which = errors.argmin(0)
+    place = jnp.take_along_axis(places, which[None], axis=0)[0]
+    return jnp.asarray(SCALES)[which], jnp.stack(jnp.divmod(place, pictures.shape[2]), axis=1)
+
+
+def moved(pictures: Images, scales: jax.Array, moves: jax.Array) -> Images:
+    """Pictures (b, y, x, 3) at scales (b,), about their centres, then moved by (b, 2) whole pixels around the edges."""
+    return jax.vmap(lambda picture, move: jnp.roll(picture, move, axis=(0, 1)))(resized(pictures, scales), moves)
+
+
+def resized(pictures: Images, scales: jax.Array) -> Images:
+    """Pictures (b, y, x, 3) at scales (b,) from 1/2 on, about their centres, in their own frame."""
+    size = np.array(pictures.shape[1:3])
+    margin = -(-size // 2)  # of what half the size shows beyond the edges
+    wide = jnp.pad(pictures, ((0, 0), *((m, m) for m in margin), (0, 0)), mode="edge")
+
+    def at(picture: jax.Array, scale: jax.Array) -> jax.Array:
+        offset = size / 2 - scale * (size / 2 + margin)
+        return jax.image.scale_and_translate(
+            picture, (*size, picture.shape[-1]), (0, 1), jnp.broadcast_to(scale, 2), offset, "linear"
+        )
+
+    return jax.vmap(at)(wide, scales)
