@@ -107,6 +107,7 @@ def resolve(options: Mapping[str, Any], components: Components, *, frames: int |
     window = latent_frames(defaults["num_frames"] if made.num_frames is None else made.num_frames, factor)
     if continuation is not None and made.carry in (None, "sink") and window > continuation.config.overlap_latents:
         defaults |= {**dataclasses.asdict(continuation.config), "carry": "sink"}
+    defaults["overlap_latents"] = min(defaults["overlap_latents"], max(window - 1, 1))  # a shorter window shares less
     names = [f.name for f in dataclasses.fields(SamplingOptions)]
     unset = {k: defaults[k] for k in names if getattr(made, k) is None and k in defaults}
     made = dataclasses.replace(made, **unset)

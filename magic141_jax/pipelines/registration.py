@@ -5,9 +5,14 @@
 
 All d are tried at once, since the sum is |S_s p|^2 + |f|^2 - 2 (S_s p * f)(d), whose cross-correlation is a product of
 Fourier transforms; s goes through `SCALES`. So a subject is found before a background whose edges meet, as a plain one.
+
+Transforms are products with the matrices of the discrete Fourier transform, which can be split over any mesh like all
+else; XLA's own can't on every platform. Of a real picture's columns half are enough: the others are their conjugates.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,20 +30,25 @@ def register(pictures: Images, frames: Images) -> tuple[jax.Array, jax.Array]:
     Args:
       pictures, frames: (b, y, x, 3) each.
     """
+    height, width = pictures.shape[1:3]
+    rows, columns = np.fft.fft(np.eye(height)).astype(np.complex64), np.fft.rfft(np.eye(width)).T.astype(np.complex64)
+    alone = np.isin(np.arange(len(columns)), (0, width / 2))[:, None]  # columns that are their own conjugates
+    back = columns.conj() * np.where(alone, 1, 2)
+    along = functools.partial(jnp.einsum, precision="highest")
     centre = pictures.mean((1, 2), keepdims=True)  # as the sums are of squares, for float32's sake near nothing
-    wanted = jnp.fft.fft2(frames - centre, axes=(1, 2))
+    wanted = along("ky,lx,byxc->bklc", rows, columns, frames - centre) / (height * width)
 
     def best(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The least error at a scale, less |f|^2, and its place in the flattened frame, (b,) each."""
         found = resized(pictures, jnp.broadcast_to(scale, len(pictures))) - centre
-        match = jnp.fft.ifft2(jnp.conj(jnp.fft.fft2(found, axes=(1, 2))) * wanted, axes=(1, 2)).real.sum(-1)
-        match = match.reshape(len(match), -1)
+        common = (jnp.conj(along("ky,lx,byxc->bklc", rows, columns, found)) * wanted).sum(-1)
+        match = along("ky,lx,bkl->byx", rows.conj(), back, common).real.reshape(len(found), -1)
         return (found**2).sum((1, 2, 3)) - 2 * match.max(1), match.argmax(1)
 
     errors, places = jax.lax.map(best, jnp.asarray(SCALES))  # (scales, b)
     which = errors.argmin(0)
     place = jnp.take_along_axis(places, which[None], axis=0)[0]
-    return jnp.asarray(SCALES)[which], jnp.stack(jnp.divmod(place, pictures.shape[2]), axis=1)
+    return jnp.asarray(SCALES)[which], jnp.stack(jnp.divmod(place, width), axis=1)
 
 
 def moved(pictures: Images, scales: jax.Array, moves: jax.Array) -> Images:

@@ -79,8 +79,12 @@ def videos(pipeline):
     """All that the pipelines make, and the first frames alone: two windows share two latent frames."""
     made = pipeline(PROMPT, seed=3)
     animated = pipeline.image_to_video(PROMPT, image=PICTURE, seed=3)
-    stream = stream_video(pipeline, PROMPT, total_frames=13, seed=3, overlap_latents=2, match_colors=0.5)
-    return {"image": made.images, "video": made.frames, "animated": animated.frames, "long": np.concatenate([*stream])}
+    ways = {"long": {"match_colors": 0.5}, "followed": {"carry": "picture", "blend": True}}
+    long = {
+        name: np.concatenate([*stream_video(pipeline, PROMPT, total_frames=13, seed=3, overlap_latents=2, **way)])
+        for name, way in ways.items()
+    }
+    return {"image": made.images, "video": made.frames, "animated": animated.frames, **long}
 
 
 @pytest.fixture(scope="module")

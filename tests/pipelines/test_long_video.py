@@ -182,6 +182,9 @@ def test_options_become_a_plan(pipeline):
     asking = dataclasses.replace(pipeline.components, sampling=made_for)
     assert plan(asking) == dataclasses.replace(plain, follow=True, blend=True), "as the weights ask for it"
     assert plan(asking, carry="pixels", blend=False) == plain
+    sharing = dataclasses.replace(asking, sampling=dataclasses.replace(made_for, overlap_latents=2))
+    for frames, shared in ((9, 5), (5, 1), (1, 1)):
+        assert make_plan(resolve({"num_frames": frames}, sharing), sharing).shared == shared, "less than the window"
 
 
 def test_bad_calls(pipeline):

@@ -20,7 +20,7 @@ def picture(seed=0, height=SIDE, width=SIDE):
     return made
 
 
-@pytest.mark.parametrize("size", [(SIDE, SIDE), (SIDE, 48), (33, SIDE)])
+@pytest.mark.parametrize("size", [(SIDE, SIDE), (SIDE, 49), (33, SIDE)])
 def test_a_move_is_found_around_the_edges(size):
     pictures = np.stack([picture(seed, *size) for seed in range(3)])
     moves = np.array([(0, 0), (29, 5), (16, 31)])
