@@ -310,10 +310,9 @@ def main_drift(argv: Sequence[str]) -> int:
     if args.output:
         report.write(args.output, report.to_json(found))
     if args.plot:
-        step = args.seconds / len(shown[rows[0].label]["windows"]["motion"])
         labels = {name: name.replace("_", " ") for name in drift.MEASURES if name not in ("subject_psnr", "sharpness")}
         curves = {label: row["windows"] for label, row in shown.items()}
-        report.write(args.plot, plots.over_time(curves, step, labels=labels))
+        report.write(args.plot, plots.over_time(curves, args.seconds, labels=labels))
     print(report.drift_summary(shown, found["vae"]))
     return 0
 

@@ -127,7 +127,7 @@ def over_time(
 
     Args:
       rows: {label: {measure: a value for each window}}, such as `drift.measure_drift` makes.
-      seconds: from one window's end to the next one's.
+      seconds: of the whole, whatever number of windows a row takes for it.
       labels: {measure: title of its panel}: what is drawn.
       columns: panels side by side.
 
@@ -136,7 +136,7 @@ def over_time(
     """
 
     def curve(values: Sequence[float]) -> tuple[Any, Any]:
-        return seconds * np.arange(1, len(values) + 1), values
+        return seconds * np.arange(1, len(values) + 1) / len(values), values
 
     curves = {
         title: {label: curve(windows[measure]) for label, windows in rows.items()} for measure, title in labels.items()

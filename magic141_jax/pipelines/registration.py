@@ -20,8 +20,9 @@ import numpy as np
 
 from magic141_jax.shapes import Images
 
-# From half to twice the size, each 1.044 times the other; the picture's own comes first, and wins where all are alike.
-SCALES = np.array(sorted(np.geomspace(0.5, 2, 33).tolist(), key=lambda scale: abs(np.log(scale))), np.float32)
+# Steps of 4 %; the picture's own size comes first, and wins where all are alike. What grew or shrank without end would
+# leave the frame, or nothing to draw it by, so it goes on from the last of these.
+SCALES = np.array(sorted(np.geomspace(3 / 4, 4 / 3, 15).tolist(), key=lambda scale: abs(np.log(scale))), np.float32)
 
 
 def register(pictures: Images, frames: Images) -> tuple[jax.Array, jax.Array]:
