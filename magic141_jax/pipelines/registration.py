@@ -25,6 +25,11 @@ from magic141_jax.shapes import Images
 SCALES = np.array(sorted(np.geomspace(3 / 4, 4 / 3, 15).tolist(), key=lambda scale: abs(np.log(scale))), np.float32)
 
 
+def followed(pictures: Images, frames: Images) -> Images:
+    """Pictures (b, y, x, 3) at the size and the place that make them most like frames of the same shape."""
+    return moved(pictures, *register(pictures, frames))
+
+
 def register(pictures: Images, frames: Images) -> tuple[jax.Array, jax.Array]:
     """The scales (b,), from `SCALES`, and moves (b, 2), (down, right) in pixels, that make pictures most like frames.
 

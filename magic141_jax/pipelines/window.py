@@ -223,8 +223,7 @@ def _next_conditioning(
         cond = conditioning.with_known(cond, jnp.concatenate([cond.known[:, :1], carried], axis=1))
     elif plan.follow:
         # No error outlives its window: of its frames only where they have the subject is known to the next one.
-        place = registration.register(picture[:, 0], recent[:, 0])
-        known, mask = stages.encode(registration.moved(picture[:, 0], *place)[:, None])
+        known, mask = stages.encode(registration.followed(picture[:, 0], recent[:, 0])[:, None])
         cond = dataclasses.replace(cond, known=known, mask=mask)
     else:
         # In a causal VAE the first latent stands for one pixel frame, every other for four: a latent from the middle of

@@ -1,6 +1,7 @@
 """What is timed: the stages of a clip one by one, a clip and a long video through the pipeline, and fresh starts.
 
-    text, image tokens, re-encode, decode     a network alone
+    text, image tokens, decode                a network alone
+    re-encode                                 what the next window starts from, which is looked for if it is a picture
     evaluation                                the transformer alone, once, for a picture and for a clip; with the
                                               adapter of later windows too, where there is one
     denoise                                   all steps of a clip, as the pipeline takes them
@@ -31,6 +32,7 @@ from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.errors import UserError
 from magic141_jax.models.network import Network
 from magic141_jax.models.seam import velocity_fn
+from magic141_jax.pipelines import registration
 from magic141_jax.pipelines.components import CACHE_VARIABLE, Model
 from magic141_jax.pipelines.engine import Stage
 from magic141_jax.pipelines.image_to_video import FIRST_WINDOW
@@ -68,7 +70,12 @@ def pieces(pipeline: TextToVideoPipeline, prompt: str, given: Mapping[str, Any])
     cond, negative = engine.condition(prompts, options, images=picture)
     latents = engine.denoise(cond, negative, options, purpose=FIRST_WINDOW)
     seen = engine.decode(latents)[:, -overlap_frames(options, components.vae.network.config.temporal_factor) :]
-    known = functools.partial(engine.encode_known, seen, options, label="video")
+    seen, follow = seen[:, : None if options.carry == "pixels" else 1], jax.jit(registration.followed)
+
+    def known() -> Any:
+        start = follow(picture, seen[:, 0])[:, None] if options.carry == "picture" else seen
+        return engine.encode_known(start, options, label="video")
+
     found = {"text": Piece(lambda: engine.encode_text([prompt], options, images=list(picture)))}
     if components.image_encoder is not None:
         found["image tokens"] = Piece(_alone(pipeline, _tokens, components.image_encoder, picture), 1)
