@@ -40,7 +40,7 @@ class SamplingOptions:
       output_type: "np" (arrays), "pil" (lists of PIL images) or "latent" (nothing is decoded).
       callback: called on the host as callback(step, time, latents) after every step; such a program is compiled anew
         in each process.
-      overlap_latents: long video: how many latent frames are known to the next window.
+      overlap_latents: long video: how many latent frames two windows share; see `carry` for what the next one knows.
       history_noise: long video: noise level of those frames, 0 to 1.
       match_colors: long video: how strongly (0 to 1) a window's border colours are moved toward the first window's.
       carry: long video: "pixels" encodes all frames that the next window knows anew; "latents" only the first, and

@@ -41,7 +41,7 @@ def register(pictures: Images, frames: Images) -> tuple[jax.Array, jax.Array]:
     alone = np.isin(np.arange(len(columns)), (0, width / 2))[:, None]  # columns that are their own conjugates
     back = columns.conj() * np.where(alone, 1, 2)
     along = functools.partial(jnp.einsum, precision="highest")
-    centre = pictures.mean((1, 2), keepdims=True)  # as the sums are of squares, for float32's sake near nothing
+    centre = pictures.mean((1, 2), keepdims=True)  # without which the squares would be large, and float32 coarse
     wanted = along("ky,lx,byxc->bklc", rows, columns, frames - centre) / (height * width)
 
     def best(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
