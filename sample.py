@@ -106,7 +106,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--image", type=Path, help="the first frame; made from the prompt unless given")
     add("--duration", type=float, help="seconds of video; one window unless given")
     add("--match_colors", type=float, default=0.0, help="0 to 1: holds border colours over a long video's windows")
-    add("--carry", choices=get_args(Carry), help="what a long video's next window knows of the last; see the docs")
+    add(
+        "--carry", choices=get_args(Carry), help="what a long video's next window knows of the last: docs/long_video.md"
+    )
+    add("--overlap_latents", type=int, help="latent frames that two windows of a long video share")
     add("--blend", action=argparse.BooleanOptionalAction, help="fades from window to window of a long video")
     add("--steps", type=int, help="sampling steps; as the weights were made for unless given, as below")
     add("--guidance", type=float, help="guidance scale; 1 is none, and twice as fast")
@@ -164,6 +167,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "num_frames": args.num_frames,
         "match_colors": args.match_colors,
         "carry": args.carry,
+        "overlap_latents": args.overlap_latents,
         "blend": args.blend,
     }
     if args.size is not None:

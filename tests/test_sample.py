@@ -168,6 +168,8 @@ def test_png_is_the_image_alone(run):
         (["--guidance", "-1"], "guidance_scale"),
         (["--seed", "-1"], "seed"),
         (["--match_colors", "2"], "match_colors is 2"),
+        (["--carry", "frames"], "--carry"),
+        (["--carry", "latents", "--overlap_latents", "1"], "raise overlap_latents"),
         (["--size", "40"], "32x32 and 48x48"),
         (["--size", "big"], "WIDTHxHEIGHT"),
         (["--size", "999999"], "to 4096"),

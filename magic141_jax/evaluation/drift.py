@@ -32,7 +32,7 @@ import numpy as np
 from magic141_jax.data.emoji import COLOURS, MOTIONS, EmojiPack, Scene, caption
 from magic141_jax.evaluation import metrics, protocol, scorers
 from magic141_jax.evaluation.templates import Search
-from magic141_jax.pipelines.long_video import overlap_frames, stream_video
+from magic141_jax.pipelines.long_video import make_plan, stream_video
 from magic141_jax.pipelines.options import resolve
 from magic141_jax.pipelines.text_to_video import TextToVideoPipeline
 
@@ -94,13 +94,12 @@ def measure_drift(
     total = round(seconds * pipeline.components.sampling.fps)
     given = dict(options or {})
     resolved = resolve(given, pipeline.components)
-    factor = pipeline.components.vae.network.config.temporal_factor
-    overlap = overlap_frames(resolved, factor)
-    ends, faded = window_ends(total, resolved.num_frames, overlap), overlap if resolved.blend else 0
+    plan, factor = make_plan(resolved, pipeline.components), pipeline.components.vae.network.config.temporal_factor
+    ends = window_ends(total, plan.length, plan.shared)
     found = []
     for seed, scene in enumerate(scenes):
         stream = stream_video(pipeline, caption(pack, scene), total_frames=total, **{"seed": seed, **given})
-        found.append(follow(np.concatenate(list(stream)), scene, search, ends, faded=faded, factor=factor))
+        found.append(follow(np.concatenate(list(stream)), scene, search, ends, faded=plan.faded, factor=factor))
         progress(caption(pack, scene))
     return {"windows": _means(found), "summary": summary(found)}
 

@@ -40,15 +40,16 @@ def register(pictures: Images, frames: Images) -> tuple[jax.Array, jax.Array]:
     rows, columns = np.fft.fft(np.eye(height)).astype(np.complex64), np.fft.rfft(np.eye(width)).T.astype(np.complex64)
     alone = np.isin(np.arange(len(columns)), (0, width / 2))[:, None]  # columns that are their own conjugates
     back = columns.conj() * np.where(alone, 1, 2)
-    along = functools.partial(jnp.einsum, precision="highest")
+    spectrum = functools.partial(jnp.einsum, "ky,lx,byxc->bklc", rows, columns, precision="highest")
     centre = pictures.mean((1, 2), keepdims=True)  # without which the squares would be large, and float32 coarse
-    wanted = along("ky,lx,byxc->bklc", rows, columns, frames - centre) / (height * width)
+    wanted = spectrum(frames - centre) / (height * width)
 
     def best(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The least error at a scale, less |f|^2, and its place in the flattened frame, (b,) each."""
         found = resized(pictures, jnp.broadcast_to(scale, len(pictures))) - centre
-        common = (jnp.conj(along("ky,lx,byxc->bklc", rows, columns, found)) * wanted).sum(-1)
-        match = along("ky,lx,bkl->byx", rows.conj(), back, common).real.reshape(len(found), -1)
+        common = (jnp.conj(spectrum(found)) * wanted).sum(-1)
+        match = jnp.einsum("ky,lx,bkl->byx", rows.conj(), back, common, precision="highest").real
+        match = match.reshape(len(found), -1)
         return (found**2).sum((1, 2, 3)) - 2 * match.max(1), match.argmax(1)
 
     errors, places = jax.lax.map(best, jnp.asarray(SCALES))  # (scales, b)

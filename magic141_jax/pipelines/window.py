@@ -221,14 +221,14 @@ def _next_conditioning(
     recent, carried = frames[:, -plan.overlap :], latents[:, latents.shape[1] - plan.carried :]
     if plan.sink:
         cond = conditioning.with_known(cond, jnp.concatenate([cond.known[:, :1], carried], axis=1))
-    elif plan.follow:
-        # No error outlives its window: of its frames only where they have the subject is known to the next one.
-        known, mask = stages.encode(registration.followed(picture[:, 0], recent[:, 0])[:, None])
-        cond = dataclasses.replace(cond, known=known, mask=mask)
     else:
         # In a causal VAE the first latent stands for one pixel frame, every other for four: a latent from the middle of
         # a clip is no first one. So that is encoded from the pixel frame at its place; those behind it may be carried.
-        known, mask = stages.encode(recent[:, :1] if plan.carried else recent)
+        shown = recent[:, :1] if plan.carried else recent
+        if plan.follow:
+            # No error outlives its window: of its frames only where they have the subject is known to the next one.
+            shown = registration.followed(picture[:, 0], recent[:, 0])[:, None]
+        known, mask = stages.encode(shown)
         cond = dataclasses.replace(cond, known=known, mask=mask)
         if plan.carried:
             cond = conditioning.with_known(cond, jnp.concatenate([known[:, :1], carried], axis=1))

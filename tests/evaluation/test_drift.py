@@ -76,9 +76,8 @@ def test_what_drifts_is_told(pack, search):
     assert seams > 2 * drift.summary([true])["seam_ratio"]
     spread = drift.summary([drift.follow(jumping, scene(pack), search, ends, faded=3)])["seam_ratio"]
     assert spread == pytest.approx((seams + 3) / 4, rel=0.2), "a fade counts as a whole"
-    beating = [
-        np.roll(video[0], 4 * -(-i // 4) + i // 2, axis=1) for i in range(65)
-    ]  # more where a latent frame begins
+    # More of the motion where a latent frame begins.
+    beating = [np.roll(video[0], 4 * -(-i // 4) + i // 2, axis=1) for i in range(65)]
     told = drift.summary([drift.follow(np.stack(beating), scene(pack), search, ends)])
     assert told["beat"] == pytest.approx(told["seam_ratio"], rel=0.3) and told["beat"] > 2
     slow = video[np.minimum(np.arange(65), 16 + np.arange(65) // 2)]
