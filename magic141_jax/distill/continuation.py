@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from magic141_jax.diffusion import conditioning, flow
+from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.distill.roles import STUDENT, TEACHER, Distillation, DistillationConfig, RolesConfig
 from magic141_jax.distill.rollout import WalkConfig
 from magic141_jax.errors import UserError
@@ -138,5 +139,12 @@ class Continuation(Distillation):
         return {STUDENT: losses.mean()}, {(STUDENT, name): value for name, value in found.items()}
 
     def sampled(self, record: Record) -> Record:
-        """The clip's first window."""
-        return {**record, "latents": record["latents"][:, : self.config.frames]}
+        """A clip's second window, or the last there is: its first latent frame, then the history and what follows."""
+        config, data = self.config, record["latents"]
+        start = min(config.fresh + 1, data.shape[1] - config.frames + 1)
+        window = data[:, start : start + config.frames - 1]
+        return {**record, "latents": jnp.concatenate([data[:, :1], window], axis=1)}
+
+    def told(self, params: Mapping[str, Params], record: Record, known: int) -> Conditioning:
+        """The sink and the history, whatever else is `known`: the adapter makes no other window."""
+        return dataclasses.replace(super().told(params, record, self.config.overlap), sink=True)

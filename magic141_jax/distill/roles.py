@@ -281,12 +281,16 @@ class Distillation:
         """What of a record samples are like: all of it, but where a method reads longer clips than it makes."""
         return record
 
+    def told(self, params: Mapping[str, Params], record: Record, known: int) -> Conditioning:
+        """What the student's walk to a sample is told."""
+        return self.backbone.conditioner.clean(params[TEACHER].get("image_encoder"), record, known)
+
     def sample(
         self, params: Mapping[str, Params], record: Record, key: jax.Array, *, known: int, keep: bool = True
     ) -> Latents:
         """The student's samples like the record's latents, by its own walk from their first `known` frames."""
         record = self.sampled(record)
-        cond = self.backbone.conditioner.clean(params[TEACHER].get("image_encoder"), record, known)
+        cond = self.told(params, record, known)
         return rollout.generate(self.walk, self.student(params), cond, record["latents"].shape, key, keep=keep)
 
     def reference(

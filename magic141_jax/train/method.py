@@ -11,6 +11,7 @@ What a method of latent records may offer besides, with a Config that is a `Cond
 
     sample(params, record, key, *, known, keep=True) -> latents                 previews
     reference(params, record, key, *, known, steps, keep=True) -> latents       the watch: the teacher's, to compare
+    sampled(record) -> record                                                   what samples are like, if not it
     sampling() -> fields of SamplingSettings                                    what an export records
 
 Both kinds of samples are pure functions of all parameters by role, the frozen ones among them. They are like the

@@ -43,7 +43,8 @@ def generation(method: Method, vae: Network, vae_params: Params, *, seed: int) -
 
     @jax.jit
     def preview(params: Mapping[str, Params], record: Mapping[str, Any], vae_params: Params) -> Frames:
-        latents = record["latents"].astype(jnp.float32)
+        like = method.sampled(record) if hasattr(method, "sampled") else record  # pyright: ignore[reportAttributeAccessIssue]
+        latents = like["latents"].astype(jnp.float32)
         made = method.sample(params, record, jax.random.key(seed), known=method.config.shown(latents.shape[1]))  # pyright: ignore[reportAttributeAccessIssue]
         return jnp.concatenate([vae(vae_params, x, method="decode_latents") for x in (latents, made)], axis=3)
 

@@ -123,11 +123,16 @@ def test_the_adapter_alone_is_trained_and_exported(toys):
     assert all(path.endswith((".a", ".b")) for path in flatten(adapter))
 
 
-def test_samples_of_a_run_are_of_its_first_window(toys):
+def test_samples_of_a_run_go_on_from_its_first_window(toys):
     config = ContinuationConfig(walk=WALK, frames=4, **QUIET)
     method = Continuation(config, toys.Formulas({STUDENT: counts_on(0.0), TEACHER: counts_on(0.0)}, config))
     params, record = {TEACHER: {}, STUDENT: 0.0}, numbered(toys, b=2)
-    assert method.sample(params, record, jax.random.key(0), known=1).shape[1] == 4
+    made = method.sample(params, record, jax.random.key(0), known=1)
+    assert made.shape[1] == 4
+    np.testing.assert_array_equal(made[:, :2], method.sampled(record)["latents"][:, :2])
+    np.testing.assert_allclose(made[0, :, 0, 0, 0], [100, 103, 104, 105], atol=1e-3)
+    short = method.sampled({"latents": record["latents"][:, :4]})["latents"]
+    np.testing.assert_array_equal(short[0, :, 0, 0, 0], 100 + jnp.arange(4), err_msg="of one window")
     assert method.reference(params, record, jax.random.key(0), known=1, steps=2).shape[1] == 4
 
 

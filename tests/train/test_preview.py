@@ -38,3 +38,18 @@ def test_samples_of_the_method_are_shown_beside_the_data():
     assert shown.shape == (2, 3, 4, 8, 3)
     assert (shown[:, :, :, :4] == 70).all() and (shown[:, 0] == 70).all()
     assert (shown[:, 1:, :, 4:] == 30).all()
+
+    class Shorter(Method):
+        """Reads more of a clip than it makes."""
+
+        @staticmethod
+        def sampled(record):
+            return {"latents": record["latents"][:, -3:]}
+
+        @classmethod
+        def sample(cls, params, record, key, *, known):
+            return Method.sample(params, cls.sampled(record), key, known=known)
+
+    draw = preview.generation(Shorter(), lambda params, x, method: params * x, jnp.float32(10.0), seed=0)
+    longer = jnp.concatenate([jnp.zeros((2, 2, 4, 4, 3)), jnp.full((2, 3, 4, 4, 3), 7.0)], axis=1)
+    np.testing.assert_array_equal(draw({"student": jnp.float32(1.0)}, {"latents": longer}), shown)
