@@ -20,7 +20,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -94,12 +94,17 @@ def find_place() -> Place | None:
         if given:
             raise UserError(f"{', '.join(given)} is set, but not {', '.join(missing)}; to join processes set all three")
         return None
+    return _place(given, cluster)
+
+
+def _place(given: Mapping[str, str], cluster: Any) -> Place | None:
+    """A place by the variables that are given, and by what the cluster says for the others."""
     try:
-        count = _number(COUNT, 1, least=2) if COUNT in given else cluster.get_process_count()  # pyright: ignore[reportOptionalMemberAccess]
+        count = _number(COUNT, 1, least=2) if COUNT in given else cluster.get_process_count()
         if count == 1:
             return None
-        index = _number(INDEX, 0, least=0) if INDEX in given else cluster.get_process_id()  # pyright: ignore[reportOptionalMemberAccess]
-        address = given.get(ADDRESS) or cluster.get_coordinator_address(  # pyright: ignore[reportOptionalMemberAccess]
+        index = _number(INDEX, 0, least=0) if INDEX in given else cluster.get_process_id()
+        address = given.get(ADDRESS) or cluster.get_coordinator_address(
             timeout_secs=_number(START_SECONDS, 300, least=1),
             override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT"),
         )
@@ -107,7 +112,7 @@ def find_place() -> Place | None:
         raise
     except Exception as error:  # whatever a cluster's interface may raise
         raise UserError(
-            f"can't tell this process's place by {cluster.__name__} ({error!r}); set {COUNT}=1 for one alone, "  # pyright: ignore[reportOptionalMemberAccess]
+            f"can't tell this process's place by {cluster.__name__} ({error!r}); set {COUNT}=1 for one alone, "
             f"or {ADDRESS}, {COUNT} and {INDEX}"
         ) from None
     if index >= count:

@@ -58,8 +58,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be from {low} to {high}")
-    if args.size is not None:
-        parse_size(args.size, "--size")
+    args.size = None if args.size is None else parse_size(args.size, "--size")
     report.require_folders(args.json)
     return args
 
@@ -81,7 +80,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of a pipeline call that the flags give."""
     given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "num_frames": args.num_frames}
     if args.size is not None:
-        given["width"], given["height"] = parse_size(args.size, "--size")
+        given["width"], given["height"] = args.size
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -136,10 +135,9 @@ def setup(pipeline: TextToVideoPipeline, given: Mapping[str, Any]) -> dict[str, 
 
 def start_arguments(args: argparse.Namespace, seconds: float) -> list[str]:
     """The flags of sample.py for one clip of what is measured."""
-    flags = {
-        name: getattr(args, name) for name in ("weights", "steps", "guidance", "num_frames", "size", "dtype", "mesh")
-    }
-    flags |= {"prompt": args.prompt, "duration": seconds}
+    flags = {name: getattr(args, name) for name in ("weights", "steps", "guidance", "num_frames", "dtype", "mesh")}
+    size = None if args.size is None else "x".join(map(str, args.size))
+    flags |= {"size": size, "prompt": args.prompt, "duration": seconds}
     return [f"--{name}={value}" for name, value in flags.items() if value is not None]
 
 
