@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loading = {name: getattr(args, name) for name in provenance.LOADING} | {"dtype": args.dtype or default_dtype()}
         opened = {**loading, "mesh": mesh, "text_cache": args.text_cache}
         if args.preflight:
-            pipeline = dry.pipeline(dry.Book(compiles=False), **opened)
+            pipeline = dry.pipeline(dry.Book(), **opened)
         else:
             pipeline = TextToVideoPipeline.from_pretrained(opened.pop("weights"), **opened)
         options = sampling_options(args)

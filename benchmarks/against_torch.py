@@ -48,7 +48,7 @@ from magic141_jax.evaluation.speed import clock
 from magic141_jax.models.hunyuan_vae import HunyuanVAE, HunyuanVAEConfig
 from magic141_jax.models.mmdit import MMDiT, MMDiTConfig, emoji, hunyuan_13b
 from magic141_jax.models.network import Network, apart
-from magic141_jax.models.seam import walk_fn
+from magic141_jax.models.seam import prepare_walk, walk_fn
 from magic141_jax.pipelines.components import DEFAULT, find_folder, load_model
 from magic141_jax.pipelines.engine import compiled
 from magic141_jax.pytree import Params, flatten
@@ -340,7 +340,8 @@ def jax_walk(network: Network, steps: int, params: Params, inputs: Mapping[str, 
     """The walk as one program."""
     cond = Conditioning(*(inputs[name] for name in ("text", "text_mask", "pooled", "known", "mask")))
     times = timesteps.grid(steps, SHIFT)
-    velocity = walk_fn(network, params, cond, times[:-1])
+    prepared = prepare_walk(network, params, cond, times[:-1])
+    velocity = walk_fn(network, params, prepared, times[:-1])
     return samplers.sample(velocity, cond, inputs["noise"], times, keep=False)
 
 

@@ -10,19 +10,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from magic141_jax import flops, sharding
 from magic141_jax.aot.program import memory_account
 from magic141_jax.errors import UserError
-from magic141_jax.models import kind_of, stored
-from magic141_jax.models.resident import Held, Lend, Room, Source, taken
+from magic141_jax.models import kind_of
+from magic141_jax.models.resident import Held, Lend, Lent, Room, Source
 from magic141_jax.models.text import TextEncoder, TextStates
 from magic141_jax.pipelines.components import DEFAULT, load_components
 from magic141_jax.pipelines.engine import Engine, Stage
@@ -32,20 +31,31 @@ from magic141_jax.pytree import Params, flatten
 
 @dataclasses.dataclass
 class Found:
-    """One program: what it is called, how often it is started, its operations, and bytes on a device beside weights."""
+    """One program: what it is called, its operations, what compiles it, and how often it is started.
+
+    `compiled` gives the bytes that it needs on a device beside its parameters.
+    """
 
     label: str
     operations: float
+    compiled: Callable[[], int] = lambda: 0
     calls: int = 0
-    temporaries: int | None = None
 
 
 class Part(NamedTuple):
-    """A component's parameters: bytes on each device, their number, and which of them come and go together."""
+    """A component's parameters.
+
+    Attributes:
+      size: bytes on each device.
+      count: their number.
+      room: all of one are on the devices together.
+      most: bytes that were there at once, where programs bring what they read; else None.
+    """
 
     size: int
     count: int
-    room: int
+    room: object
+    most: int | None = None
 
 
 @dataclasses.dataclass
@@ -53,12 +63,10 @@ class Book:
     """What a walk tells.
 
     Attributes:
-      compiles: whether programs are compiled, for what they need beside their parameters.
       parts: components by the name of their network, which is numbered where it is there already.
       programs: by what tells them apart.
     """
 
-    compiles: bool
     parts: dict[str, Part] = dataclasses.field(default_factory=dict)
     programs: dict[Any, Found] = dataclasses.field(default_factory=dict)
 
@@ -68,16 +76,28 @@ class Book:
         return sum(found.calls * found.operations for found in self.programs.values())
 
     @property
-    def temporaries(self) -> int | None:
-        """The most that a program needs beside its parameters; None where nothing was compiled."""
-        known = (found.temporaries for found in self.programs.values() if found.temporaries is not None)
-        return max(known, default=None)
+    def held(self) -> dict[str, int]:
+        """{component: bytes on each device} of the fullest room."""
+        rooms: dict[object, dict[str, int]] = {}
+        for name, part in self.parts.items():
+            rooms.setdefault(part.room, {})[name] = part.size if part.most is None else part.most
+        return max(rooms.values(), key=lambda held: sum(held.values()))
 
-    def hold(self, name: str, params: Params, room: int) -> None:
-        """Notes the parameters of a component, by shape."""
+    def temporaries(self) -> int:
+        """Compiles the programs: the most that one needs beside its parameters."""
+        return max(found.compiled() for found in self.programs.values())
+
+    def hold(self, name: str, params: Params, room: object) -> str:
+        """Notes the parameters of a component, by shape; returns the name that it has here."""
         names = itertools.chain([name], (f"{name} {number}" for number in itertools.count(2)))
         free = next(each for each in names if each not in self.parts)
         self.parts[free] = Part(bytes_held(params), sum(x.size for x in flatten(params).values()), room)
+        return free
+
+    def bring(self, name: str, params: Mapping[str, Any]) -> None:
+        """Notes that these parameters of a component are there at once."""
+        part = self.parts[name]
+        self.parts[name] = part._replace(most=max(part.most or 0, bytes_held(params)))
 
 
 def bytes_held(params: Params) -> int:
@@ -88,26 +108,27 @@ def bytes_held(params: Params) -> int:
 
 
 class Shapes(Room):
-    """Lends parameters by their shapes and places; with `come_and_go` as a function, like a room's."""
+    """Lends parameters by their shapes and places; with `come_and_go` as a room does."""
 
-    def __init__(self, book: Book, *, come_and_go: bool) -> None:
-        """`book` is told of each component."""
-        super().__init__(on_host=False)
-        self._book, self._come_and_go, self._numbers = book, come_and_go, itertools.count()
+    def __init__(self, book: Book, *, come_and_go: bool, on_host: bool | None = None) -> None:
+        """`book` is told of each component; `on_host` as for a room."""
+        super().__init__(on_host=on_host)
+        self._book, self._come_and_go = book, come_and_go
 
     def lender(self) -> Lend:
         """Lends one component's."""
-
-        room = next(self._numbers)
+        room = object() if self._come_and_go else None
 
         def lend(source: Source) -> Held:
-            dtype = jnp.dtype(getattr(source.network.config, "compute_dtype", "float32"))
-            params = stored.cast(source.network.abstract_params, dtype)
-            if source.mesh is not None:
-                where = sharding.shardings(source.network.abstract_params, source.mesh, source.rules)
-                params = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, where)
-            self._book.hold(kind_of(source.network.config), params, room)
-            return (lambda: params) if self._come_and_go else params
+            params, flat = source.shapes, flatten(source.shapes)
+            name = self._book.hold(kind_of(source.network.config), params, room)
+
+            def bring(wanted: Collection[str]) -> Mapping[str, Any]:
+                there = {path: flat[path] for path in flat if path in wanted or not self.in_parts}
+                self._book.bring(name, there)
+                return there
+
+            return Lent(params, bring) if self._come_and_go else params
 
         return lend
 
@@ -118,24 +139,27 @@ class DryStage(Stage):
     def __init__(self, book: Book, function: Callable[..., Any], params: Held, seconds: Any, **options: Any) -> None:
         """As `Stage`, with the book."""
         super().__init__(function, params, seconds, **options)
-        self._book = book
+        self._book, self._made = book, {}
 
     def __call__(self, label: str, *arrays: Any, **static: Any) -> Any:
         """Zeros of the shapes of what the stage makes."""
         leaves, structure = jax.tree.flatten(arrays)
         key = (id(self), structure, *((np.shape(x), _dtype(x)) for x in leaves), *sorted(static.items()))
-        if key not in self._compiled:
-            params = taken(self._params)
-            program = jax.jit(functools.partial(self._function, **static), donate_argnums=self._donate)
-            traced = program.trace(params, *jax.tree.unflatten(structure, map(self._struct, leaves)))
-            found = Found(label, flops.count(traced.jaxpr))
-            if self._book.compiles:
+        if key not in self._made:
+            arrays = jax.tree.unflatten(structure, map(self._struct, leaves))
+            program, params, read = self._program(arrays, static)
+            if isinstance(self._params, Lent):
+                self._params.bring(read)
+            traced, params = program.trace(params, *arrays), _structs(params)
+
+            def compiled() -> int:
                 account = memory_account(traced.lower().compile().memory_analysis())
-                found.temporaries = max(account["total"] - bytes_held(_structs(params)), 0)
-            self._compiled[key] = traced.out_info
-            self._book.programs[key] = found
+                return max(account["total"] - bytes_held(params), 0)
+
+            self._made[key] = traced.out_info
+            self._book.programs[key] = Found(label, flops.count(traced.jaxpr), compiled)
         self._book.programs[key].calls += 1
-        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._compiled[key])
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._made[key])
 
     def _struct(self, leaf: Any) -> jax.ShapeDtypeStruct:
         shape = np.shape(leaf)

@@ -134,12 +134,12 @@ def sampling(
     mesh = loading.get("mesh")
     devices = list(mesh.devices.flat) if mesh is not None else jax.local_devices()[:1]
     free = here.free_memory(devices)
-    book, held = _walk(loading, prompt, told, free)
+    book, held, temporaries = _walk(loading, prompt, told, free)
     dtype = jnp.dtype(loading.get("dtype") or default_dtype())
     report = Report(
         devices=devices,
         held=held | _process(devices),
-        temporaries=book.temporaries,
+        temporaries=temporaries,
         free=free,
         programs=len(book.programs),
         operations=book.operations * videos,
@@ -147,7 +147,7 @@ def sampling(
         disk=round(pixels * VIDEO_BYTES),
         place=place,
     )
-    if not book.compiles:
+    if temporaries is None:
         report.notes.append("the parameters alone are too many: what programs need besides was not looked at")
     if not report.fits and report.needed > (free or 0):
         report.remedies = list(_sampling_remedies(loading, prompt, told, free))
@@ -162,19 +162,13 @@ def _process(devices: Sequence[jax.Device]) -> dict[str, int]:
 
 def _walk(
     loading: Mapping[str, Any], prompt: str, told: Mapping[str, Any], free: int | None
-) -> tuple[dry.Book, dict[str, int]]:
-    """The book of a walk, compiled if the parameters fit, and what is held at the most."""
-    book = dry.Book(compiles=False)
-    pipeline = dry.pipeline(book, **loading)
-    held = {name: part.size for name, part in book.parts.items()}
-    if loading.get("offload"):
-        rooms = {part.room for part in book.parts.values()}
-        fullest = max(rooms, key=lambda room: sum(part.size for part in book.parts.values() if part.room == room))
-        held = {name: part.size for name, part in book.parts.items() if part.room == fullest}
-    book.compiles = free is None or sum(held.values()) <= free
-    for _ in stream_video(pipeline, prompt, **told):
+) -> tuple[dry.Book, dict[str, int], int | None]:
+    """The book of a walk, what is held at the most, and what programs need besides, where that fits."""
+    book = dry.Book()
+    for _ in stream_video(dry.pipeline(book, **loading), prompt, **told):
         pass
-    return book, held
+    held = book.held
+    return book, held, book.temporaries() if free is None or sum(held.values()) <= free else None
 
 
 def _sampling_remedies(loading: Mapping[str, Any], prompt: str, told: Mapping[str, Any], free: int) -> Iterator[str]:
@@ -190,9 +184,9 @@ def _sampling_remedies(loading: Mapping[str, Any], prompt: str, told: Mapping[st
     for size in range(1, len(smaller) + 1):
         for flags in itertools.combinations(smaller, size):
             changed = {**loading, **{k: v for flag in flags for k, v in smaller[flag].items()}}
-            book, held = _walk(changed, prompt, told, free)
-            needed = sum(held.values()) + (book.temporaries or 0) + here.process_memory(jax.local_devices()[:1])
-            if book.compiles and needed <= free:
+            _, held, temporaries = _walk(changed, prompt, told, free)
+            needed = sum(held.values()) + (temporaries or 0) + here.process_memory(jax.local_devices()[:1])
+            if temporaries is not None and needed <= free:
                 yield " ".join(flags)
                 return
 

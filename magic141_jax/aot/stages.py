@@ -25,7 +25,7 @@ from magic141_jax.aot.topology import Topology
 from magic141_jax.diffusion.conditioning import Conditioning
 from magic141_jax.errors import UserError
 from magic141_jax.experiment import ExperimentConfig
-from magic141_jax.models import MODELS, SHARDING_RULES, hunyuan_text, kind_of, stored
+from magic141_jax.models import MODELS, SHARDING_RULES, hunyuan_text, kind_of, resident, stored
 from magic141_jax.models.network import Network
 from magic141_jax.models.text import TextStates
 from magic141_jax.models.vae import latent_frames
@@ -240,11 +240,7 @@ def _stage(
 ) -> Program:
     """The program of a stage: `function(network, params, *inputs, **static)`, as `engine.Stage` compiles it."""
     kind = kind_of(network.config)
-    dtype = jnp.dtype(getattr(network.config, "compute_dtype", "float32"))
-    params = network.abstract_params
-    where = sharding.shardings(params, call.mesh, SHARDING_RULES.get(kind, ()))
-    shapes = stored.cast(params, dtype)
-    params = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, where)
+    params = resident.shapes(network, call.mesh, SHARDING_RULES.get(kind, ()))
     bound = functools.partial(function, network, **(static or {}))
     description = {
         "what": what,

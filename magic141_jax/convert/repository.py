@@ -151,7 +151,7 @@ def load(
     component = open_component(folder, **overrides)
     abstract = component.network.abstract_params
     dtype = dtype or getattr(component.network.config, "compute_dtype", "float32")
-    check = functools.partial(require_memory, abstract, dtype, what=str(folder), rules=component.rules)
+    check = functools.partial(require_memory, dtype=dtype, what=str(folder), rules=component.rules)
 
     def read(mesh: Mesh | None) -> Params:
         place = OnDevices(flatten(layout(abstract, mesh, component.rules)), dtype)

@@ -12,7 +12,7 @@ inputs (b, f, h, w, in_channels), t (b,), text (b, s, e), pooled (b, p)  ->  (b,
     out   = unpatchify(linear(modulated norm(video)))
 
 What depends on neither x nor a block's tokens (text, and all modulations) is `MMDiT.prepare`, the rest
-`MMDiT.evaluate`: a walk whose times are known prepares all of its steps at once (`seam.walk_fn`).
+`MMDiT.evaluate`: a walk whose times are known prepares all of its steps at once (`seam.prepare_walk`).
 
 Blocks of a kind are stacked on a leading layer axis and scanned, so compile time does not grow with depth. Every
 modulation is (shift, scale, gate) in that order and starts at zero (gates at `gate_start`), as does the output layer:

@@ -4,26 +4,49 @@ Whoever opens a component makes a `Source` of it, and a `Lend` decides when it i
 
     at_once       read now; stays on the devices
     when_needed   read by the first program that takes it; stays on the devices
-    Room.lender   on the devices while programs of its own component run; between them in the host's memory
+    Room.lender   on the devices while programs of its own component run; between them in the host's memory, and of
+                  these parameters only those that the program reads are on the devices (`read_by`)
 
-The last two give a function in the place of the parameters, which `taken` calls.
+The last two give a `Lent` in the place of the parameters.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 
 from magic141_jax import pytree, sharding
+from magic141_jax.models import stored
 from magic141_jax.models.network import Network
-from magic141_jax.pytree import Params
+from magic141_jax.pytree import Params, flatten, unflatten
 
-Held = Params | Callable[[], Params]
+
+@dataclasses.dataclass(frozen=True)
+class Lent:
+    """Parameters that are not there to stay: to be asked for anew by each program, and not kept beyond it.
+
+    Attributes:
+      shapes: of all of them, with their places on a mesh.
+      bring: paths -> {path: array on its devices} of at least those of them that are there.
+    """
+
+    shapes: Params
+    bring: Callable[[Collection[str]], Mapping[str, jax.Array]]
+
+    def __call__(self) -> Params:
+        """All of them."""
+        return unflatten(self.bring(flatten(self.shapes)))
+
+
+Held = Params | Lent
 
 
 class Source(NamedTuple):
@@ -34,87 +57,139 @@ class Source(NamedTuple):
       read: reads them onto a mesh by the rules; without one onto the default device.
       mesh: where programs want them.
       rules: how they lie over a mesh.
-      check: raises `UserError` where they don't fit onto a mesh, or onto the default device.
+      check: (parameters by shape, mesh=) raises `UserError` where they don't fit onto it, or onto the default device.
     """
 
     network: Network
     read: Callable[[Mesh | None], Params]
     mesh: Mesh | None = None
     rules: sharding.Rules = ()
-    check: Callable[[Mesh | None], Any] = lambda mesh: None
+    check: Callable[..., Any] = lambda params, mesh: None
+
+    @property
+    def shapes(self) -> Params:
+        """The parameters by shape, see `shapes`."""
+        return shapes(self.network, self.mesh, self.rules)
 
 
 Lend = Callable[[Source], Held]
 
 
+def shapes(network: Network, mesh: Mesh | None = None, rules: sharding.Rules = ()) -> Params:
+    """A network's parameters by shape, in the dtype that it computes in, laid over a mesh if there is one."""
+    abstract = network.abstract_params
+    params = stored.cast(abstract, jnp.dtype(getattr(network.config, "compute_dtype", "float32")))
+    if mesh is None:
+        return params
+    where = sharding.shardings(abstract, mesh, rules)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, where)
+
+
 def taken(params: Held) -> Params:
     """The parameters on their devices; to be asked for anew by each program, and not kept beyond it."""
-    return params() if callable(params) else params
+    return params() if isinstance(params, Lent) else params
 
 
 def require_match(params: Held, want: Mapping[str, Any], *, what: str) -> None:
     """`pytree.require_match` of what has been read; whoever reads the rest compares it himself."""
-    if not callable(params):
+    if not isinstance(params, Lent):
         pytree.require_match(params, want, what=what)
+
+
+def read_by(function: Callable[..., Any], params: Params, *arrays: Any) -> frozenset[str]:
+    """The paths of those parameters that the results of `function(params, *arrays)` depend on; nothing is computed."""
+    flat = flatten(params)
+    traced = jax.jit(lambda flat, *arrays: function(unflatten(flat), *arrays)).trace(flat, *arrays)
+    _, used = partial_eval.dce_jaxpr(traced.jaxpr.jaxpr, [True] * len(traced.jaxpr.out_avals))
+    return frozenset(path for path, is_used in zip(sorted(flat), used, strict=False) if is_used)
+
+
+def of_part(function: Callable[..., Any], shapes: Params) -> Callable[..., Any]:
+    """`function(params, *arrays)` as one of {path: parameter} of those alone that it reads."""
+    whole = flatten(shapes)
+
+    def call(part: Mapping[str, Any], *arrays: Any) -> Any:
+        # Zeros that nothing reads are in no program.
+        others = {path: jnp.zeros(x.shape, x.dtype) for path, x in whole.items() if path not in part}
+        return function(unflatten({**others, **part}), *arrays)
+
+    return call
 
 
 def at_once(source: Source) -> Params:
     """The parameters, read now."""
-    source.check(source.mesh)
+    source.check(source.network.abstract_params, mesh=source.mesh)
     return source.read(source.mesh)
 
 
-def when_needed(source: Source) -> Callable[[], Params]:
+def when_needed(source: Source) -> Lent:
     """The parameters, read when they are first taken."""
-    return functools.cache(lambda: at_once(source))
+    read = functools.cache(lambda: flatten(at_once(source)))
+    return Lent(source.shapes, lambda wanted: read())
 
 
 class Room:
-    """The devices' memory, with the parameters of one component at a time in it.
+    """The devices' memory, with the parameters of one component at a time in it, and of these what is read.
 
     Between times they are in the host's memory. A CPU has no other, so there they are read from disk again whenever
-    they are needed. Of several processes each has all of them in its host's memory.
+    they are needed, a whole component at once. Of several processes each has all of them in its host's memory.
+
+    Attributes:
+      in_parts: whether there is a host's memory beside the devices', from where parts can come.
     """
 
     def __init__(self, *, on_host: bool | None = None) -> None:
         """An empty room; `on_host` false reads from disk each time, by default on a CPU only."""
-        self._on_host = jax.default_backend() != "cpu" if on_host is None else on_host
-        self._inside: dict[object, Params] = {}
+        self.in_parts = jax.default_backend() != "cpu" if on_host is None else on_host
+        self._inside: dict[object, dict[str, jax.Array]] = {}
 
     def lender(self) -> Lend:
         """Lends one component's parameters, of one network or of several, which are on the devices together."""
-        own: dict[object, Params] = {}
+        own: dict[object, dict[str, jax.Array]] = {}
 
-        def lend(source: Source) -> Callable[[], Params]:
-            source.check(source.mesh)
-            fetch = _from_host(source) if self._on_host else functools.partial(source.read, source.mesh)
-            name = object()
+        def lend(source: Source) -> Lent:
+            shapes, name = source.shapes, object()
+            paths = flatten(shapes).keys()
+            fetch = (_from_host if self.in_parts else _from_disk)(source)
 
-            def take() -> Params:
+            def bring(wanted: Collection[str]) -> Mapping[str, jax.Array]:
                 if self._inside is not own:
                     self._inside.clear()  # before anything comes in
                     self._inside = own
-                if name not in own:
-                    own[name] = fetch()
-                return own[name]
+                there = own.setdefault(name, {})
+                asked = paths & set(wanted) if self.in_parts else paths
+                for path in there.keys() - asked:
+                    del there[path]
+                if missing := asked - there.keys():
+                    there.update(fetch(missing))
+                return dict(there)
 
-            return take
+            return Lent(shapes, bring)
 
         return lend
 
 
-def _from_host(source: Source) -> Callable[[], Params]:
+def _from_disk(source: Source) -> Callable[[Collection[str]], Mapping[str, jax.Array]]:
+    """Parameters that are read whole each time; whether they fit is known at once."""
+    source.check(source.network.abstract_params, mesh=source.mesh)
+    return lambda paths: flatten(source.read(source.mesh))
+
+
+def _from_host(source: Source) -> Callable[[Collection[str]], Mapping[str, jax.Array]]:
     """Parameters that are read once into the host's memory, and copied to their devices from there."""
 
     @functools.cache
-    def on_host() -> Params:
+    def on_host() -> Mapping[str, np.ndarray]:
         with sharding.on_host():
-            source.check(None)
-            return jax.tree.map(np.asarray, source.read(None))
+            source.check(source.network.abstract_params, mesh=None)
+            return {path: np.asarray(leaf) for path, leaf in flatten(source.read(None)).items()}
 
-    def fetch() -> Params:
-        if source.mesh is None:
-            return jax.device_put(on_host())
-        return sharding.lay(on_host(), source.mesh, source.rules)
+    def fetch(paths: Collection[str]) -> Mapping[str, jax.Array]:
+        def part(flat: Mapping[str, Any]) -> Params:
+            return unflatten({path: flat[path] for path in paths})
+
+        source.check(part(flatten(source.network.abstract_params)), mesh=source.mesh)
+        made = part(on_host())
+        return flatten(jax.device_put(made) if source.mesh is None else sharding.lay(made, source.mesh, source.rules))
 
     return fetch

@@ -31,26 +31,30 @@ def velocity_fn(network: Network, params: Params, *, guidance: Times | float | N
     return lambda x, t, cond: _as_velocity(network, x, t, call(x, t, cond))
 
 
-def walk_fn(
+def prepare_walk(
     network: Network,
     params: Params,
     told: Conditioning,
     times: Float[Array, " n"],
     *,
     guidance: Times | float | None = None,
-) -> Callable[..., Latents]:
-    """`velocity_fn` for one walk: what depends on its times and its text alone is computed here, for all at once.
-
-    The velocity is to be called with all samples at one of `times`, and with the text of `told`; of a conditioning it
-    reads the text's mask and the known latents.
-    """
+) -> Prepared:
+    """What depends on the times of a walk and on its text alone, for all of its steps: a leading axis n."""
 
     def prepare(t: Array) -> Prepared:
         many = jnp.broadcast_to(t, told.text.shape[:1])
         scales = _scales(guidance, many)
         return network(params, many, told.text, told.text_mask, told.pooled, guidance=scales, method="prepare")
 
-    steps = jax.lax.map(prepare, times, batch_size=TIMES_AT_ONCE)
+    return jax.lax.map(prepare, times, batch_size=TIMES_AT_ONCE)
+
+
+def walk_fn(network: Network, params: Params, steps: Prepared, times: Float[Array, " n"]) -> Callable[..., Latents]:
+    """`velocity_fn` for one walk whose `steps` are prepared (`prepare_walk`) for its `times`.
+
+    The velocity is to be called with all samples at one of the times, and with the text that was told; of a
+    conditioning it reads the text's mask and the known latents. It needs none of the parameters that prepared.
+    """
 
     def velocity(x: Latents, t: Times, cond: Conditioning) -> Latents:
         now = jax.tree.map(lambda values: values[jnp.argmax(times == t[0])], steps)

@@ -25,7 +25,7 @@ from magic141_jax.errors import UserError
 from magic141_jax.models import encoder, stored
 from magic141_jax.models.encoder import Encoder, EncoderConfig, affine_norm
 from magic141_jax.models.network import Network, apart
-from magic141_jax.models.resident import Held, Lend, Source, at_once, require_match, taken
+from magic141_jax.models.resident import Held, Lend, Lent, Source, at_once, require_match, taken
 from magic141_jax.pytree import Params
 from magic141_jax.shapes import Pooled, TokenIds, TokenMask, Tokens
 
@@ -138,7 +138,7 @@ class MiniLMTextEncoder:
         self.length, self.width, self.pooled_width = config.length, config.width, config.width
         self.tokenizer = tokenizer
         self.params = params
-        self._laid = params if callable(params) else apart(params)
+        self._laid = params if isinstance(params, Lent) else apart(params)
         self._apply = jax.jit(network.__call__)
 
     @classmethod

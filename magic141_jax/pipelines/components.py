@@ -36,7 +36,7 @@ from magic141_jax.errors import UserError, nearest
 from magic141_jax.models import MODELS, SHARDING_RULES, kind_of, stored
 from magic141_jax.models import lora as adapters
 from magic141_jax.models.network import Network
-from magic141_jax.models.resident import Held, Lend, Source, at_once
+from magic141_jax.models.resident import Held, Lend, Lent, Source, at_once
 from magic141_jax.models.text import MiniLMTextEncoder, TextEncoder
 from magic141_jax.pipelines import published
 from magic141_jax.pipelines.low_memory import LowMemory
@@ -92,7 +92,7 @@ class SamplingSettings:
 
 
 class Model(NamedTuple):
-    """A network with its parameters, or with the function that fetches them (`resident.taken`)."""
+    """A network with its parameters, or with what lends them (`resident.taken`)."""
 
     network: Network
     params: Held
@@ -202,8 +202,11 @@ def _continuation(folder: Path, transformer: Model, *, dtype: Dtype, mesh: jax.s
     require_match(adapter, own, what=f"{folder} (for another transformer? long videos can do without it)")
     adapter = sharding.lay(cast(adapter, jnp.dtype(dtype)), mesh, adapters.SHARDING_RULES)
     held = transformer.params
-    params = adapters.join(held, adapter) if not callable(held) else lambda: adapters.join(held(), adapter)
-    return Continuation(network, params, config)
+    if not isinstance(held, Lent):
+        return Continuation(network, adapters.join(held, adapter), config)
+    flat = flatten(adapter)
+    lent = Lent(adapters.join(held.shapes, adapter), lambda wanted: {**held.bring(wanted), **flat})
+    return Continuation(network, lent, config)
 
 
 def default_dtype() -> Dtype:
@@ -312,7 +315,7 @@ def load_model(
     config = settings.build(config_class, {**mapping, **(overrides or {})}, where=f"{folder.name}/config.json")
     network = stored.as_written(Network.create(module, config), kernels, f"{folder.name}/config.json")
     dtype, rules = jnp.dtype(getattr(config, "compute_dtype", "float32")), SHARDING_RULES.get(kind, ())
-    check = functools.partial(require_memory, network.abstract_params, dtype, what=str(folder), rules=rules)
+    check = functools.partial(require_memory, dtype=dtype, what=str(folder), rules=rules)
 
     def read(mesh: jax.sharding.Mesh | None) -> Params:
         with sharding.on_host() if mesh is not None else contextlib.nullcontext():

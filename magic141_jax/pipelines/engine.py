@@ -7,7 +7,8 @@
     decode        latents (b, f, h, w, c)          -> frames (b, t, y, x, 3) in [0, 1]
     window        state, prompts                   -> frames, state: the three above, of a long video, as one program
 
-Each stage is one compiled program per set of shapes, with the parameters as arguments. An image, a clip and every
+Each stage is one compiled program per set of shapes, with the parameters as arguments (`denoise` is two where these
+come and go: what prepares the steps need not be there while they are taken). An image, a clip and every
 window of a long video share them: which latent frames are known is data, not a shape. Noise is drawn inside, from
 (seed, index in the call, purpose), so that neither the batch nor the devices change it.
 
@@ -19,10 +20,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,15 +34,16 @@ from magic141_jax.diffusion import conditioning, flow, guidance, samplers, times
 from magic141_jax.diffusion.conditioning import Conditioning, LatentMask
 from magic141_jax.errors import UserError
 from magic141_jax.models import lora
+from magic141_jax.models.mmdit import Prepared
 from magic141_jax.models.network import Network, apart
-from magic141_jax.models.resident import Held, taken
-from magic141_jax.models.seam import walk_fn
+from magic141_jax.models.resident import Held, Lent, of_part, read_by
+from magic141_jax.models.seam import prepare_walk, walk_fn
 from magic141_jax.models.text import TextStates
 from magic141_jax.models.vae import latent_frames
 from magic141_jax.pipelines import window
-from magic141_jax.pipelines.components import Components, Model
+from magic141_jax.pipelines.components import Components, Continuation, Model
 from magic141_jax.pipelines.options import SamplingOptions, per_prompt
-from magic141_jax.pytree import Params
+from magic141_jax.pytree import Params, flatten
 from magic141_jax.shapes import Frames, Images, Latents, TokenMask, Tokens
 
 IMAGE_PURPOSE = 0  # of noise; window w of a video has purpose w + 1
@@ -58,8 +59,8 @@ class Prompts(NamedTuple):
 class Stage:
     """A function of (params, *arrays, **static) compiled once per set of shapes; compile time is counted apart.
 
-    Over a mesh, on which the parameters lie, arrays come in from the host or from another stage. Parameters that are
-    not there to stay are fetched for each call, which counts as "move".
+    Over a mesh, on which the parameters lie, arrays come in from the host or from another stage. Of parameters that are
+    not there to stay those that the program reads are fetched for each call, which counts as "move".
 
     `donate` are the arrays, by number, whose memory the results may take. With `wait` false a call returns as soon as
     its program is started; whoever reads the results waits for them. `convolves` is that of `compiled`.
@@ -77,31 +78,41 @@ class Stage:
         convolves: bool = False,
     ) -> None:
         self._function, self._seconds = sharding.over(mesh, function), seconds
-        self._params = params if callable(params) else apart(params)
+        self._params = params if isinstance(params, Lent) else apart(params)
         self._mesh, self._wait, self._convolves = mesh, wait, convolves
         self._donate = tuple(1 + number for number in donate)  # behind the parameters
-        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._programs: dict[Any, tuple[Callable[..., Any], Collection[str]]] = {}
 
     def __call__(self, label: str, *arrays: Any, **static: Any) -> Any:
         """Runs the stage and adds its seconds to `label`; blocks until the result is there, if it is to wait."""
         leaves, structure = jax.tree.flatten(arrays)
         leaves = list(map(jnp.asarray, leaves)) if self._mesh is None else sharding.spread(leaves, self._mesh)
         key = (structure, *((x.shape, x.dtype, x.sharding) for x in leaves), *sorted(static.items()))
-        arrays, params = jax.tree.unflatten(structure, leaves), self._taken()
-        if key not in self._compiled:
-            start = time.perf_counter()
-            program = jax.jit(functools.partial(self._function, **static), donate_argnums=self._donate)
-            self._compiled[key] = compiled(program.lower(params, *arrays), convolves=self._convolves)
-            self._seconds["compile"] += time.perf_counter() - start
+        arrays = jax.tree.unflatten(structure, leaves)
+        if key not in self._programs:
+            with clock(self._seconds, "compile"):
+                program, params, read = self._program(arrays, static)
+                self._programs[key] = compiled(program.lower(params, *arrays), convolves=self._convolves), read
+        program, read = self._programs[key]
+        params = self._taken(read)
         with clock(self._seconds, label):
-            made = self._compiled[key](params, *arrays)
+            made = program(params, *arrays)
             return jax.block_until_ready(made) if self._wait else made
 
-    def _taken(self) -> Params:
-        if not callable(self._params):
+    def _program(self, arrays: Sequence[Any], static: Mapping[str, Any]) -> tuple[Any, Params, Collection[str]]:
+        """The jitted function, what parameters to trace it with, and the paths of those that are to be fetched."""
+        function, params, read = functools.partial(self._function, **static), self._params, ()
+        if isinstance(params, Lent):
+            read, whole = read_by(function, params.shapes, *arrays), flatten(params.shapes)
+            function, params = of_part(function, params.shapes), {path: whole[path] for path in read}
+        return jax.jit(function, donate_argnums=self._donate), params, read
+
+    def _taken(self, read: Collection[str]) -> Params:
+        if not isinstance(self._params, Lent):
             return self._params
         with clock(self._seconds, "move"):
-            return jax.block_until_ready(taken(self._params))
+            there = self._params.bring(read)
+            return jax.block_until_ready({path: there[path] for path in read})
 
 
 def compiled(lowered: jax.stages.Lowered, *, convolves: bool) -> jax.stages.Compiled:
@@ -127,7 +138,7 @@ class Engine:
         """Over components; `stage` makes a stage, with the arguments of `Stage`."""
         self.components, self._make = components, stage
         self.seconds: collections.Counter[str] = collections.Counter()
-        self._denoise = self._stage(_denoise, components.transformer)
+        self._denoise = self._denoiser(components.transformer)
         self._encode_known = self._stage(_encode_known, components.vae, convolves=True)
         self._decode = self._stage(_decode, components.vae, convolves=True)
         seeing = components.image_encoder
@@ -136,10 +147,10 @@ class Engine:
         self._text_sizes: set[int] = set()
 
     @functools.cached_property
-    def _continue(self) -> Stage:
+    def _continue(self) -> Callable[..., Latents]:
         """Denoises behind a sink where a window is several programs, which is seldom."""
-        going_on = functools.partial(_denoise, sink=True)
-        return self._stage(going_on, self.components.continuation or self.components.transformer)
+        going_on = self.components.continuation
+        return self._denoise if going_on is None else self._denoiser(going_on)
 
     @property
     def runs_ahead(self) -> bool:
@@ -239,7 +250,7 @@ class Engine:
         if self._window is not None:
             return self._window("video", state, prompts, plan=plan, total=total, **static)
 
-        def from_host(stage: Stage | None, label: str, **static: Any) -> Callable[..., Any]:
+        def from_host(stage: Callable[..., Any] | None, label: str, **static: Any) -> Callable[..., Any]:
             return lambda *arrays: sharding.to_host(stage(label, *arrays, **static))
 
         stages = window.Stages(
@@ -304,13 +315,20 @@ class Engine:
         models = {name: getattr(self.components, name) for name in names}
         models = {name: model for name, model in models.items() if model is not None}
         params = {name: model.params for name, model in models.items()}
-        if any(map(callable, params.values())):
+        if any(isinstance(held, Lent) for held in params.values()):
             return None
         networks = {name: model.network for name, model in models.items()}
         function = functools.partial(_window, networks)
         return self._make(function, params, self.seconds, mesh=self.components.mesh, donate=[0], wait=False)
 
-    def _stage(self, function: Callable[..., Any], model: Model, *, convolves: bool = False) -> Stage:
+    def _denoiser(self, model: Model | Continuation) -> Callable[..., Latents]:
+        """(label, walk, **static) -> latents: a stage; where parameters come and go one that prepares, and the rest."""
+        if not isinstance(model.params, Lent):
+            return self._stage(_denoise, model)
+        prepare, evaluate = (self._stage(each, model) for each in (_prepare, _evaluate))
+        return lambda label, walk, **static: evaluate(label, walk, prepare(label, walk), **static)
+
+    def _stage(self, function: Callable[..., Any], model: Model | Continuation, *, convolves: bool = False) -> Stage:
         bound = functools.partial(function, model.network)
         return self._make(bound, model.params, self.seconds, mesh=self.components.mesh, convolves=convolves)
 
@@ -326,7 +344,7 @@ def clock(seconds: collections.Counter[str], label: str) -> Iterator[None]:
 
 
 class _Walk(NamedTuple):
-    """The arrays of `_denoise`.
+    """The arrays of `_denoise`, which prepares the steps (`_prepare`) and takes them (`_evaluate`).
 
     Attributes:
       draws: (b, 3), (seed, index, purpose) of each sample, used where noise is None.
@@ -344,30 +362,38 @@ class _Walk(NamedTuple):
     adapter: np.float32
 
 
-def _denoise(
+def _denoise(network: Network, params: Params, walk: _Walk, **static: Any) -> Latents:
+    return _evaluate(network, params, walk, _prepare(network, params, walk), **static)
+
+
+def _prepare(network: Network, params: Params, walk: _Walk) -> Prepared:
+    told = walk.cond
+    if walk.negative is not None:
+        told = guidance.joined(told, conditioning.replace_text(told, *walk.negative))
+    embedded = walk.guidance_scale if network.config.guidance_embedding else None
+    params = lora.scaled(params, walk.adapter) if walk.cond.sink else params
+    return prepare_walk(network, params, told, walk.times[:-1], guidance=embedded)
+
+
+def _evaluate(
     network: Network,
     params: Params,
     walk: _Walk,
+    steps: Prepared,
     *,
     sampler: samplers.Sampler,
     callback: samplers.StepCallback | None,
     image_share: float,
     keep: bool,
-    sink: bool = False,
 ) -> Latents:
-    if sink:
-        params = lora.scaled(params, walk.adapter)
-    cond, keys = dataclasses.replace(walk.cond, sink=sink), jax.vmap(_keys)(walk.draws)
+    cond, keys = walk.cond, jax.vmap(_keys)(walk.draws)
+    params = lora.scaled(params, walk.adapter) if cond.sink else params
     noise = flow.draw_noise(keys[:, 0], cond.known.shape) if walk.noise is None else walk.noise
     if image_share:
         noise = flow.interpolate(cond.known[:, :1], noise, 1 - image_share)
-    scale = walk.guidance_scale
-    negative = None if walk.negative is None else conditioning.replace_text(cond, *walk.negative)
-    told = cond if negative is None else guidance.joined(cond, negative)
-    embedded = scale if network.config.guidance_embedding else None
-    velocity = walk_fn(network, params, told, walk.times[:-1], guidance=embedded)
-    if negative is not None:
-        velocity = guidance.guided(velocity, negative, scale)
+    velocity = walk_fn(network, params, steps, walk.times[:-1])
+    if walk.negative is not None:
+        velocity = guidance.guided(velocity, conditioning.replace_text(cond, *walk.negative), walk.guidance_scale)
     seen = conditioning.noise_known(cond, keys[:, 1], walk.history_noise)
     return samplers.sample(
         lambda x, t, _: velocity(x, t, seen),
@@ -417,7 +443,7 @@ def _window(
 
     denoising = "continuation" if plan.sink and "continuation" in networks else "transformer"
     stages = window.Stages(
-        denoise=bound(_denoise, denoising, sink=plan.sink, **static),
+        denoise=bound(_denoise, denoising, **static),
         decode=bound(_decode, "vae"),
         encode=bound(_encode_known, "vae", total=total),
         look=bound(_prepend_image_tokens, "image_encoder"),

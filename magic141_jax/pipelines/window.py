@@ -130,7 +130,7 @@ def begin(walk: Any, history_noise: float, pictures: Images, *, plan: Plan) -> S
     images = cond.image_tokens
     tokens = {"text": cond.text[:, :images], "text_mask": cond.text_mask[:, :images], "pooled": cond.pooled[:, :0]}
     return State(
-        walk._replace(cond=dataclasses.replace(cond, **tokens), negative=None),
+        walk._replace(cond=dataclasses.replace(cond, **tokens, sink=plan.sink), negative=None),
         np.float32(history_noise),
         np.array(True),
         np.zeros((b, plan.faded, *pictures.shape[1:3], 3), np.float32),

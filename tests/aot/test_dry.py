@@ -1,5 +1,7 @@
 """A walk over shapes against a real one: the same programs, as often, over as many bytes."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -17,8 +19,8 @@ TOLD = {"total_frames": 20, "seed": 0}  # windows of 9 frames, 1 of them shared:
 STORY = {"schedule": [(1.5, "a blue cat")]}
 
 
-def walk(weights_folder, compiles=False, told=TOLD, **options):
-    book = dry.Book(compiles=compiles)
+def walk(weights_folder, told=TOLD, **options):
+    book = dry.Book()
     pipeline = dry.pipeline(book, weights_folder, **options)
     frames = list(stream_video(pipeline, "a red shark", **told))
     return book, np.concatenate(frames)
@@ -32,7 +34,7 @@ def test_the_programs_are_those_of_a_real_call(weights_folder, options):
         def __call__(self, label, *arrays, **static):
             calls.append((label, id(self)))
             made = super().__call__(label, *arrays, **static)
-            compiled[id(self)] = len(self._compiled)
+            compiled[id(self)] = len(self._programs)
             return made
 
     compiled = {}
@@ -73,10 +75,10 @@ def test_operations_go_with_steps_and_length(weights_folder):
 
 def test_over_a_mesh(weights_folder):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4), devices=jax.devices()[:4])
-    book, _ = walk(weights_folder, mesh=mesh, compiles=True, told={"total_frames": 1, "seed": 0})
+    book, _ = walk(weights_folder, mesh=mesh, told={"total_frames": 1, "seed": 0})
     alone, _ = walk(weights_folder)
     assert book.parts["bert"].size <= alone.parts["bert"].size
-    assert book.temporaries > 0
+    assert book.temporaries() > 0
 
 
 def test_another_network_makes_the_image(weights_folder):
@@ -88,7 +90,7 @@ def test_another_network_makes_the_image(weights_folder):
 
 def test_nothing_is_downloaded(tmp_path):
     with pytest.raises(UserError, match=r"convert check owner/name"):
-        dry.pipeline(dry.Book(compiles=False), "owner/name")
+        dry.pipeline(dry.Book(), "owner/name")
 
 
 def test_no_text_is_kept(weights_folder, tmp_path):
@@ -96,6 +98,14 @@ def test_no_text_is_kept(weights_folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parts_that_come_and_go_are_known_by_room(weights_folder):
-    book, _ = walk(weights_folder, offload=True)
-    assert len({part.room for part in book.parts.values()}) == len(book.parts) == 4
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_what_comes_and_goes_is_told_as_a_room_has_it(weights_folder, pipeline, monkeypatch, in_parts):
+    monkeypatch.setattr(dry, "Shapes", functools.partial(dry.Shapes, on_host=in_parts))
+    book, _ = walk(weights_folder, offload=True, image_weights=weights_folder)
+    assert len({part.room for part in book.parts.values()}) == len(book.parts) == 8
+    transformer = sum(leaf.nbytes for leaf in jax.tree.leaves(pipeline.components.transformer.params))
+    ((name, most),) = book.held.items()
+    assert name == "mmdit" and most == book.parts["mmdit"].most
+    assert most == transformer if not in_parts else 0.5 * transformer < most < 0.7 * transformer
+    assert (book.parts["patch_vae"].most < book.parts["patch_vae"].size) is in_parts
+    assert walk(weights_folder, image_weights=weights_folder)[0].held == {n: p.size for n, p in book.parts.items()}

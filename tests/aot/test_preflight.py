@@ -81,8 +81,8 @@ def test_a_clip_fits(asked):
 
 
 def test_too_little_memory_says_what_would_do(asked, memory, weights_folder):
-    book, held = preflight._walk({"weights": weights_folder}, PROMPT, {"total_frames": 9, "seed": 0}, None)
-    memory(sum(held.values()) + book.temporaries - 1)
+    _, held, temporaries = preflight._walk({"weights": weights_folder}, PROMPT, {"total_frames": 9, "seed": 0}, None)
+    memory(sum(held.values()) + temporaries - 1)
     code, text = asked()
     assert code == 1
     assert text.splitlines()[-1].startswith("it does not fit; it would with --")

@@ -8,7 +8,17 @@ from flax import nnx
 
 from magic141_jax.errors import UserError
 from magic141_jax.models.network import Network
-from magic141_jax.models.resident import Room, Source, at_once, require_match, taken, when_needed
+from magic141_jax.models.resident import (
+    Lent,
+    Room,
+    Source,
+    at_once,
+    of_part,
+    read_by,
+    require_match,
+    taken,
+    when_needed,
+)
 from magic141_jax.sharding import MeshConfig, lay, make_mesh
 
 NETWORK = Network.create(lambda config, rngs: nnx.Linear(4, 8, rngs=rngs), None)
@@ -26,8 +36,12 @@ def source(log, value=1.0, **options):
     return Source(NETWORK, read, rules=RULES, **options)
 
 
-def values(params):
-    return float(taken(params)["kernel"][0, 0])
+def kernel(held):
+    return taken(held)["kernel"]
+
+
+def values(held):
+    return float(kernel(held)[0, 0])
 
 
 def test_at_once_and_when_needed_read_once():
@@ -36,7 +50,7 @@ def test_at_once_and_when_needed_read_once():
     assert len(now) == 1 and taken(held) is held
     held = when_needed(source(later))
     assert later == []
-    assert taken(held) is taken(held) and len(later) == 1
+    assert kernel(held) is kernel(held) and len(later) == 1
 
 
 @pytest.mark.parametrize("on_host", [False, True])
@@ -51,7 +65,7 @@ def test_a_room_holds_one_component(on_host):
         return sorted(float(x[0, 0]) for x in new)
 
     assert values(first) == 0 and values(second) == 1
-    assert taken(first) is taken(first), "it stays as long as nothing else comes in"
+    assert kernel(first) is kernel(first), "it stays as long as nothing else comes in"
     held = [0, 1, 0, 1] if on_host else [0, 1]  # of a CPU's arrays some are the host's copies
     assert there() == sorted(held)
     assert values(third) == 2 and there() == sorted([0, 1, 2, 2] if on_host else [2])
@@ -59,39 +73,65 @@ def test_a_room_holds_one_component(on_host):
     assert [len(log) for log in logs] == ([1, 1, 1] if on_host else [2, 1, 1])
 
 
+def test_of_one_component_the_part_that_is_asked_for():
+    room, log = Room(on_host=True), []
+    lent = room.lender()(source(log))
+    assert [x.shape for x in lent.bring({"kernel", "none of its own"}).values()] == [(4, 8)]
+    assert set(lent.bring({"bias"})) == {"bias"}
+    assert set(lent.bring({"kernel", "bias"})) == {"kernel", "bias"} == set(taken(lent)) and len(log) == 1
+    assert lent.bring({"bias"})["bias"] is lent.bring({"bias"})["bias"], "it stays while it is asked for"
+    whole = Room(on_host=False).lender()(source(log))
+    assert set(whole.bring({"bias"})) == {"kernel", "bias"}, "from disk a component comes whole"
+
+
+def test_what_a_program_reads_is_all_that_it_is_given():
+    """Through a scan over stacks, of which it reads a part."""
+    params = {"layers": {"a": jnp.arange(3.0), "b": jnp.ones(3)}, "c": jnp.ones(()), "d": {"e": jnp.ones(2)}}
+
+    def function(params, x):
+        made = jax.lax.scan(lambda x, layer: (x * 2 + layer["a"], None), x, params["layers"])[0]
+        return made + 0 * jnp.sum(params["d"]["e"]).astype(int)
+
+    assert read_by(function, jax.eval_shape(lambda: params), 1.0) == {"layers.a", "d.e"}
+    part = {"layers.a": params["layers"]["a"], "d.e": params["d"]["e"]}
+    program = jax.jit(of_part(function, jax.eval_shape(lambda: params)))
+    assert program(part, 1.0) == function(params, 1.0) == 12
+
+
 @pytest.mark.parametrize("on_host", [False, True])
 def test_a_room_lays_parameters_over_the_mesh(on_host):
     mesh, log = make_mesh(MeshConfig(data=2, fsdp=4)), []
     held = Room(on_host=on_host).lender()(source(log, mesh=mesh))
-    kernel = taken(held)["kernel"]
-    assert kernel.sharding.mesh == mesh and kernel.sharding.spec == jax.P(None, "fsdp")
+    laid = kernel(held)
+    assert laid.sharding.mesh == mesh and laid.sharding.spec == jax.P(None, "fsdp")
     assert taken(held)["bias"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(kernel, np.ones((4, 8)))
+    np.testing.assert_array_equal(laid, np.ones((4, 8)))
     assert log[0][0] == (None if on_host else mesh)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_read():
     log, places = [], []
 
-    def check(mesh):
-        places.append((mesh, next(iter(jnp.zeros(()).devices()))))
-        if len(places) == 2:
+    def check(params, mesh):
+        places.append((set(params), mesh, next(iter(jnp.zeros(()).devices()))))
+        if len(places) == limit:
             raise UserError("too large")
 
-    mesh = make_mesh(MeshConfig(data=8))
+    limit, mesh, one = 2, make_mesh(MeshConfig(data=8)), jax.local_devices(backend="cpu")[0]
     held = Room(on_host=True).lender()(source(log, mesh=mesh, check=check))
-    assert places[0][0] == mesh, "whether the devices hold it is known at once"
     with pytest.raises(UserError, match="too large"):
-        taken(held)
-    assert places[1] == (None, jax.local_devices(backend="cpu")[0]) and log == []
-    with pytest.raises(UserError, match="too large"):
-        places.clear()
-        at_once(source(log, check=lambda mesh: check(mesh) or check(mesh)))
+        held.bring({"kernel"})
+    assert places == [({"kernel"}, mesh, one), ({"kernel", "bias"}, None, one)], "the devices, then the host"
+    for lend in (at_once, Room(on_host=False).lender()):
+        limit = len(places) + 1
+        with pytest.raises(UserError, match="too large"):
+            lend(source(log, check=check))
+    assert log == []
 
 
 def test_only_what_is_there_is_compared():
     want = {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
-    require_match(lambda: 1 / 0, want, what="it")
+    require_match(Lent(want, lambda wanted: 1 / 0), want, what="it")
     require_match({"kernel": np.zeros((2, 2))}, want, what="it")
     with pytest.raises(UserError, match="it does not fit"):
         require_match({"kernel": np.zeros((2, 3))}, want, what="it")

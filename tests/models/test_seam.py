@@ -10,7 +10,7 @@ import pytest
 from magic141_jax.diffusion import conditioning, flow, guidance
 from magic141_jax.models.mmdit import MMDiT
 from magic141_jax.models.network import Network
-from magic141_jax.models.seam import features_fn, velocity_fn, walk_fn
+from magic141_jax.models.seam import features_fn, prepare_walk, velocity_fn, walk_fn
 from tests.models.test_mmdit import CONFIG, inputs, random_params
 
 
@@ -46,7 +46,8 @@ def test_a_walk_prepared_at_once_has_the_velocities_of_its_times(fields):
     times = jnp.linspace(1, 0.1, 9)
 
     def walked(params):
-        velocity = walk_fn(network, params, guidance.joined(cond, negative), times, guidance=embedded)
+        steps = prepare_walk(network, params, guidance.joined(cond, negative), times, guidance=embedded)
+        velocity = walk_fn(network, params, steps, times)
         velocity = guidance.guided(velocity, negative, 2.0)
         return jax.lax.map(lambda t: velocity(x, jnp.full(2, t), cond), times)
 

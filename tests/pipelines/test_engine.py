@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from magic141_jax.models.resident import Lent
 from magic141_jax.pipelines.engine import Stage, clock
 from magic141_jax.pipelines.long_video import stream_video
 from magic141_jax.pipelines.text_to_image import TextToImagePipeline
@@ -43,16 +44,16 @@ def test_a_stage_that_is_not_waited_for_takes_the_memory_of_what_it_is_given(mon
 
 
 def test_parameters_that_come_and_go_are_fetched_for_each_call():
-    fetched, seconds = [], collections.Counter()
+    fetched, seconds, params = [], collections.Counter(), {"scale": jnp.float32(3), "other": jnp.zeros(())}
 
-    def fetch():
-        fetched.append(1)
-        return {"scale": jnp.float32(3)}
+    def bring(wanted):
+        fetched.append(set(wanted))
+        return params
 
-    stage = Stage(lambda params, x: params["scale"] * x, fetch, seconds)
+    stage = Stage(lambda params, x: params["scale"] * x, Lent(jax.eval_shape(lambda: params), bring), seconds)
     for _ in range(2):
         np.testing.assert_allclose(stage("work", np.ones(2, np.float32)), [3, 3])
-    assert len(fetched) == 2 and set(seconds) == {"compile", "work", "move"}
+    assert fetched == 2 * [{"scale"}] and set(seconds) == {"compile", "work", "move"}
 
 
 def test_over_a_mesh_arrays_of_the_host_and_of_other_stages_meet_the_same_program():

@@ -12,6 +12,7 @@ import pytest
 from magic141_jax import weights
 from magic141_jax.errors import UserError
 from magic141_jax.models import lora
+from magic141_jax.models.resident import Room
 from magic141_jax.pipelines import TextToVideoPipeline
 from magic141_jax.pipelines.components import load_components, load_model
 from magic141_jax.pipelines.long_video import VideoStream, count_windows, make_plan, overlap_frames, stream_video
@@ -127,11 +128,11 @@ def test_the_next_window_is_started_before_frames_are_fetched(pipeline, monkeypa
 def test_all_windows_share_a_program_and_memory_does_not_grow(pipeline, recwarn):
     engine = pipeline.engine
     list(stream_video(pipeline, PROMPT, total_frames=9))
-    programs, held = len(engine._window._compiled), []
+    programs, held = len(engine._window._programs), []
     for _ in stream_video(pipeline, PROMPT, total_frames=9 + 8 * 6, history_noise=0.7):
         gc.collect()
         held.append(sum(x.nbytes for x in jax.live_arrays()))
-    assert len(engine._window._compiled) == programs
+    assert len(engine._window._programs) == programs
     assert len(set(held[:-1])) == 1 and held[-1] < held[0]
     assert not [w for w in recwarn if "donated" in str(w.message)]
 
@@ -233,8 +234,9 @@ def test_the_adapter_makes_all_windows_but_the_first(pipeline, continued_folder,
 
 def test_an_adapter_where_parameters_come_and_go(continued_folder):
     made = whole(TextToVideoPipeline.from_pretrained(continued_folder), 14, seed=3)
-    lent = TextToVideoPipeline.from_pretrained(continued_folder, offload=True)
-    np.testing.assert_allclose(whole(lent, 14, seed=3), made, atol=5e-4)
+    for in_parts in (False, True):
+        lent = TextToVideoPipeline.from_pretrained(continued_folder, offload=Room(on_host=in_parts))
+        np.testing.assert_allclose(whole(lent, 14, seed=3), made, atol=5e-4)
 
 
 def test_an_adapter_of_another_transformer_is_told(continued_folder, tmp_path):
