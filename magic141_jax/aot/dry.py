@@ -124,7 +124,7 @@ class Shapes(Room):
             name = self._book.hold(kind_of(source.network.config), params, room)
 
             def bring(wanted: Collection[str]) -> Mapping[str, Any]:
-                there = {path: flat[path] for path in flat if path in wanted or not self.in_parts}
+                there = {path: flat[path] for path in self.there(flat, wanted)}
                 self._book.bring(name, there)
                 return there
 

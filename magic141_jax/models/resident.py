@@ -143,6 +143,10 @@ class Room:
         self.in_parts = jax.default_backend() != "cpu" if on_host is None else on_host
         self._inside: dict[object, dict[str, jax.Array]] = {}
 
+    def there(self, paths: Collection[str], wanted: Collection[str]) -> set[str]:
+        """Which of a component's `paths` are on the devices for a program that reads `wanted`."""
+        return set(paths) & set(wanted) if self.in_parts else set(paths)
+
     def lender(self) -> Lend:
         """Lends one component's parameters, of one network or of several, which are on the devices together."""
         own: dict[object, dict[str, jax.Array]] = {}
@@ -157,7 +161,7 @@ class Room:
                     self._inside.clear()  # before anything comes in
                     self._inside = own
                 there = own.setdefault(name, {})
-                asked = paths & set(wanted) if self.in_parts else paths
+                asked = self.there(paths, wanted)
                 for path in there.keys() - asked:
                     del there[path]
                 if missing := asked - there.keys():
